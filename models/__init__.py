@@ -1,0 +1,1 @@
+"""Models, adapters, checkpoints, tokenizers and generation."""

@@ -1,0 +1,35 @@
+"""The refusals a person meets at the command line, each with the exit code that scripts can test.
+
+They are ValueErrors, so a library caller needs to know none of them. Their text says what failed, where,
+what came, and what to do.
+"""
+
+
+class Refusal(ValueError):
+    """Input that cannot be used as given."""
+
+    exit_code: int = 2
+
+
+class ConfigError(Refusal):
+    """A setting, a flag or a key that is unknown, of the wrong type or impossible."""
+
+    exit_code = 2
+
+
+class DataError(Refusal):
+    """A data file or a record in it that cannot be trained or evaluated on."""
+
+    exit_code = 3
+
+
+class CheckpointError(Refusal):
+    """A checkpoint, tokenizer or adapter that is broken, hostile or for another model."""
+
+    exit_code = 4
+
+
+class NonFiniteError(Refusal):
+    """A loss or gradient that is no longer a number."""
+
+    exit_code = 6

@@ -1,0 +1,1 @@
+"""What a stored weight means: codebooks, blocks, double quantization, storage, error."""
