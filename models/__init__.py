@@ -1,1 +1,5 @@
 """Models, adapters, checkpoints, tokenizers and generation."""
+
+from models.lora import LoraConfig
+
+__all__ = ["LoraConfig"]
