@@ -1,6 +1,19 @@
-"""LoRA: which linear layers get an adapter, how large it is, and how it is attached, saved and merged."""
+"""LoRA: a trained low-rank branch beside a frozen linear layer, y = x W^T + scaling (x A^T) B^T.
 
+A (rank, in) starts Kaiming-uniform and B (out, rank) zero, so that training starts from the base model
+exactly. Only A and B are trained. Hu et al. 2021; Dettmers et al. 2023 put one on every linear layer of the
+blocks, which is the default here and what it takes to match full fine-tuning.
+"""
+
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from models.linear import AdaptableLinear, Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +36,80 @@ class LoraConfig:
     """Alphas of single layers, likewise."""
     dtype: str = "float32"
     """What the adapters are stored and updated in; they multiply in the model's compute dtype."""
+
+    def __post_init__(self) -> None:
+        for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if rank < 1:
+                raise ValueError(f"lora: {where} is {rank}; a rank is at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora: dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.dtype not in ADAPTER_DTYPES:
+            raise ValueError(f"lora: dtype is {self.dtype!r}; choose from {', '.join(ADAPTER_DTYPES)}")
+        if not self.target_modules:
+            raise ValueError("lora: target_modules is empty; name layers, or give 'all-linear'")
+
+
+ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
+    """Give the layers that `config` names an adapter each, and freeze everything else."""
+    if next(adapted_layers(model), None) is not None:
+        raise ValueError("the model already has adapters; merge_adapter removes them")
+    layers = targeted_layers(model, config)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        rank = matching(config.rank_pattern, name, config.rank)
+        alpha = matching(config.alpha_pattern, name, config.alpha)
+        place = {"device": layer.weight.device, "dtype": ADAPTER_DTYPES[config.dtype]}
+        layer.lora_A = nn.Linear(layer.in_features, rank, bias=False, **place)
+        layer.lora_B = nn.Linear(rank, layer.out_features, bias=False, **place)
+        nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(layer.lora_B.weight)
+        layer.scaling = alpha / (math.sqrt(rank) if config.rslora else rank)
+        layer.dropout = config.dropout
+    model.lora_config = config
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module) -> None:
+    """Replace every adapted layer by a dense one: base + scaling B A in float32, then the model's dtype."""
+    for name, layer in list(adapted_layers(model)):
+        assert layer.lora_A is not None
+        assert layer.lora_B is not None
+        delta = layer.lora_B.weight.float() @ layer.lora_A.weight.float()
+        merged = layer.dense_weight().float() + layer.scaling * delta
+        model.set_submodule(name, Linear.from_weight(merged.to(layer.dtype), layer.bias))
+    model.lora_config = None
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptableLinear]]:
+    """The layers that have an adapter, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptableLinear) and module.lora_A is not None:
+            yield name, module
+
+
+def targeted_layers(model: nn.Module, config: LoraConfig) -> dict[str, AdaptableLinear]:
+    """The layers that `config.target_modules` names; a name that fits none is an error."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptableLinear)}
+    if config.target_modules == "all-linear":
+        return layers
+    wanted = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules
+    chosen = {name: m for name, m in layers.items() if any(fits(w, name) for w in wanted)}
+    unused = [w for w in wanted if not any(fits(w, name) for name in layers)]
+    if unused:
+        leaves = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+        raise ValueError(f"lora: no layer is called {', '.join(unused)}; this model has {leaves}")
+    return chosen
+
+
+def matching(pattern: dict[str, int] | dict[str, float], name: str, default: float) -> float:
+    """The value of the longest key that fits the layer's name."""
+    keys = [key for key in pattern if fits(key, name)]
+    return pattern[max(keys, key=len)] if keys else default
+
+
+def fits(key: str, name: str) -> bool:
+    """Is the key a layer's leaf name or the end of its dotted name? It may be a pattern, as PEFT allows."""
+    return re.fullmatch(rf"(.*\.)?({key})", name) is not None

@@ -1,0 +1,192 @@
+"""From a raw checkpoint to a model: one tensor read, cast, quantized and released at a time.
+
+The model is built without memory first; then every tensor it wants is found, and its shape compared, before
+any is read, so that a wrong or half-fetched checkpoint is refused at once and with the whole list. Peak
+memory is the loaded (quantized) model plus a few copies of the largest tensor.
+
+What is quantized: the linear layers of the blocks. Embeddings, norms and the head keep 16 bits (`dtype`).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+import nf4
+from models.config import llama_config
+from models.errors import CheckpointError
+from models.gguf_layout import open_gguf
+from models.linear import Linear, NF4Linear
+from models.llama import Llama
+from models.meta_layout import open_meta
+from models.readers import Reader, SafetensorsReader, TorchReader, open_files, read_json
+from nf4 import QuantConfig, QuantizedTensor
+
+
+def load(
+    path: str | Path,
+    quant: QuantConfig | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    head: str | None = None,
+    num_labels: int | None = None,
+) -> Llama:
+    """A model in evaluation mode from a directory or file in any known layout.
+
+    With `quant`, block linears are stored in 4 bits; a checkpoint that is already quantized loads as it is.
+    `head` is "lm" or, by default, what the checkpoint holds; `num_labels` is for classification heads.
+    """
+    raw, reader, where = open_checkpoint(path)
+    if head not in (None, "lm") or num_labels is not None:
+        raise ValueError(f"{where}: a LLaMA checkpoint has a language-model head; head={head!r} does not fit")
+    model = skeleton(raw, where)
+    for name, value, _ in stream(model, reader, quant, dtype, torch.device(device)):
+        place(model, name, value)
+    return model.eval()
+
+
+def skeleton(raw: dict[str, Any], where: str) -> Llama:
+    """The model that a config describes, with shapes and names but no memory."""
+    kind = raw.get("model_type")
+    if kind != "llama":
+        raise CheckpointError(f"{where}: architecture {kind!r} is not known; llama is")
+    with torch.device("meta"):
+        return Llama(llama_config(raw, where))
+
+
+def stream(
+    model: Llama, reader: Reader, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor | QuantizedTensor, Tensor | None]]:
+    """Every parameter of the model as (name, what to store, the dense weight if it was quantized here)."""
+    stored = stored_in_4_bits(reader)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+    check_names(expected, linears, reader, stored)
+    for name, shape in expected.items():
+        try:
+            if name in stored:
+                yield name, read_stored(name, shape, reader, stored[name], quant).to(device), None
+                continue
+            weight = reader.read(name).to(device=device, dtype=dtype)
+            if name in linears and quant is not None:
+                yield name, kernels.quantize(weight, quant, name=name), weight
+            else:
+                refuse_non_finite(weight, name)
+                yield name, weight, None
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"{reader.where(name)}: {error}") from error
+
+
+def place(model: Llama, name: str, value: Tensor | QuantizedTensor) -> None:
+    """Put a parameter into the model; a quantized weight brings the layer that can use it."""
+    owner, leaf = name.rpartition(".")[::2]
+    module = model.get_submodule(owner)
+    if isinstance(value, QuantizedTensor):
+        assert isinstance(module, Linear)
+        model.set_submodule(owner, NF4Linear(value, module.bias))
+    else:
+        setattr(module, leaf, nn.Parameter(value))
+
+
+def open_checkpoint(path: str | Path) -> tuple[dict[str, Any], Reader, str]:
+    """The config in released field names, a reader of the tensors, and the file that gave the config."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if path.suffix == ".gguf":
+        return *open_gguf(path), str(path)
+    if path.suffix in (".safetensors", ".bin"):
+        reader = SafetensorsReader(path) if path.suffix == ".safetensors" else TorchReader(path)
+        return released_config(path.parent), reader, str(path.parent / "config.json")
+    directory = path if path.is_dir() else path.parent
+    if (directory / "config.json").exists():
+        return released_config(directory), open_files(directory), str(directory / "config.json")
+    if (directory / "params.json").exists():
+        return *open_meta(directory), str(directory / "params.json")
+    ggufs = sorted(directory.glob("*.gguf")) if path.is_dir() else []
+    if len(ggufs) == 1:
+        return *open_gguf(ggufs[0]), str(ggufs[0])
+    raise CheckpointError(
+        f"{path}: not a checkpoint; looked for config.json, params.json and one *.gguf"
+        + (f", found {len(ggufs)} of the last: name one" if ggufs else "")
+    )
+
+
+def released_config(directory: Path) -> dict[str, Any]:
+    """config.json, with the stop ids of generation_config.json, which is the newer of the two."""
+    config = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        eos = read_json(generation).get("eos_token_id")
+        config["eos_token_id"] = config.get("eos_token_id") if eos is None else eos
+    return config
+
+
+def stored_in_4_bits(reader: Reader) -> dict[str, list[str]]:
+    """The weights that are already quantized, each with the names of all tensors that make it up."""
+    weights = {name.split(".quant_state.")[0] for name in reader.shapes if ".quant_state." in name}
+    parts: dict[str, list[str]] = {name: [] for name in weights}
+    for name in reader.shapes:
+        owner = name if name in weights else name.rpartition(".weight.")[0] + ".weight"
+        if owner in parts:
+            parts[owner].append(name)
+    return parts
+
+
+def read_stored(
+    name: str, shape: tuple[int, ...], reader: Reader, parts: list[str], quant: QuantConfig | None
+) -> QuantizedTensor:
+    """A quantized weight as the checkpoint has it."""
+    q = nf4.from_state_dict({part: reader.read(part) for part in parts}, name)
+    if q.shape != shape:
+        raise ValueError(f"{name} is {list(q.shape)} in its 4-bit record but the config asks for {list(shape)}")
+    if quant is not None and q.config != quant:
+        raise ValueError(f"{name} is already quantized, as {q.config}; load it without asking for {quant}")
+    return q
+
+
+IGNORED = ("rotary_emb.inv_freq",)  # a table that old files carry; it follows from the config
+
+
+def check_names(
+    expected: dict[str, tuple[int, ...]], linears: set[str], reader: Reader, stored: dict[str, list[str]]
+) -> None:
+    """Refuse a checkpoint that lacks tensors, has others, or has them in other shapes: all in one message."""
+    parts = {part for group in stored.values() for part in group}
+    tied = {"lm_head.weight"} - expected.keys()  # some files repeat the embedding as the head
+    missing = [name for name in expected if name not in reader.shapes]
+    unexpected = [
+        name
+        for name in reader.shapes
+        if name not in expected and name not in parts | tied and not name.endswith(IGNORED)
+    ]
+    unexpected += [name for name in stored if name in expected and name not in linears]
+    misshapen = [
+        f"{name} {list(reader.shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in reader.shapes and name not in stored and reader.shapes[name] != shape
+    ]
+    found = {"missing": missing, "unexpected": [f"{n} (in {reader.where(n)})" for n in unexpected]}
+    found["of another shape"] = misshapen
+    problems = [f"{len(names)} {what}: {shortened(names)}" for what, names in found.items() if names]
+    if problems:
+        some = next(iter(reader.shapes), None)
+        where = reader.where(some) if some else "checkpoint"
+        raise CheckpointError(f"{where}: does not fit its config. " + "; ".join(problems))
+
+
+def shortened(names: list[str], limit: int = 12) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def refuse_non_finite(weight: Tensor, name: str) -> None:
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        index = torch.nonzero(~finite)[0].tolist()
+        raise ValueError(f"{name} holds NaN or infinity at {index} as {weight.dtype}")

@@ -1,0 +1,136 @@
+"""What a LLaMA checkpoint says about itself: config.json under the released field names.
+
+Old files put `rope_theta` and `rope_scaling` at the top, new ones `rope_parameters`; both are read, and the
+old form is written because every reader knows it. Fields that change the arithmetic are all here; one that
+asks for arithmetic that is not (another activation, another rotary scaling) is refused, never ignored.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from models.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than those of pre-training."""
+
+    rope_type: str
+    """"linear" divides all frequencies by factor; "llama3" only those of long wavelength."""
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Sizes and switches of a LLaMA-architecture decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"config: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(
+                f"config: {self.num_attention_heads} attention heads cannot share "
+                f"{self.num_key_value_heads} key/value heads evenly"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(f"config: head_dim is {self.head_dim}; rotary positions need it even")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json that any reader of released LLaMA checkpoints understands."""
+        scaling = {k: v for k, v in asdict(self).items() if v is not None}
+        eos = self.eos_token_id
+        scaling.pop("eos_token_id")
+        if eos:
+            scaling["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "rope_scaling": None,
+            **scaling,
+        }
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+def llama_config(raw: dict[str, Any], where: str) -> LlamaConfig:
+    """Read the fields of a config.json; `where` names the file in errors."""
+    values = {f.name: raw[f.name] for f in fields(LlamaConfig) if raw.get(f.name) is not None}
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    absent = [name for name in needed if name not in values]
+    if absent:
+        raise CheckpointError(f"{where}: lacks {', '.join(absent)}")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise CheckpointError(f"{where}: hidden_act is {raw['hidden_act']!r}; LLaMA's SwiGLU needs 'silu'")
+
+    values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    if "head_dim" not in values:
+        width, heads = number(values["hidden_size"], where), number(values["num_attention_heads"], where)
+        if heads < 1 or width % heads:
+            raise CheckpointError(f"{where}: hidden_size {width} does not split into {heads} attention heads")
+        values["head_dim"] = width // heads
+    rope = raw.get("rope_parameters") or {}
+    values["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta") or 10000.0))
+    values["rope_scaling"] = rope_scaling(rope or raw.get("rope_scaling"), where)
+    eos = raw.get("eos_token_id")
+    values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+    for name in SIZES:
+        if name in values:
+            values[name] = number(values[name], f"{where}: {name}")
+    return LlamaConfig(**values)
+
+
+def rope_scaling(raw: dict[str, Any] | None, where: str) -> RopeScaling | None:
+    """The scaling part of `rope_parameters` or `rope_scaling`; None for plain rotary positions."""
+    raw = raw or {}
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise CheckpointError(f"{where}: rotary scaling {kind!r} is not known; linear and llama3 are")
+    values = {f.name: raw[f.name] for f in fields(RopeScaling) if f.name in raw and f.name != "rope_type"}
+    factor = values.get("factor")
+    if not isinstance(factor, int | float) or not math.isfinite(factor) or factor < 1:
+        raise CheckpointError(f"{where}: rotary scaling needs a factor of at least 1; it has {factor!r}")
+    values["factor"] = float(factor)
+    return RopeScaling(rope_type=kind, **values)
+
+
+def number(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"{where} is {value!r}; a whole number is needed")
+    return value

@@ -1,0 +1,140 @@
+"""The linear layer of every model here: dense or stored in 4 bits, each with room for a LoRA adapter.
+
+A block asks for `Linear`; loading with a QuantConfig puts an `NF4Linear` in its place. Both keep the
+parameter names of the released checkpoints (`weight`, `bias`), to which an adapter adds `lora_A.weight` and
+`lora_B.weight`. In an `NF4Linear` codes are uint8 parameters without gradient, which sharding treats like
+any other weight, and float32 scales are buffers that no cast of the model touches.
+
+Letters: K in_features, N out_features, R rank.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import kernels
+from nf4 import QuantizedTensor
+
+
+class AdaptableLinear(nn.Module):
+    """What dense and 4-bit layers share: sizes, a bias, and the place of an adapter."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.lora_A: nn.Linear | None = None
+        self.lora_B: nn.Linear | None = None
+        self.scaling, self.dropout = 0.0, 0.0
+
+    def dense_weight(self) -> Float[Tensor, "N K"]:
+        """The base weight without its adapter, in the layer's dtype."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer multiplies in; for stored codes, what they decode to."""
+        return self.weight.dtype
+
+    def extra_repr(self) -> str:
+        rank = f", rank={self.lora_A.out_features}" if self.lora_A is not None else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}{rank}"
+
+
+class Linear(AdaptableLinear):
+    """y = x W^T + bias, plus the adapter's branch where there is one."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    @classmethod
+    def from_weight(cls, weight: Float[Tensor, "N K"], bias: nn.Parameter | None = None) -> "Linear":
+        layer = cls.__new__(cls)
+        AdaptableLinear.__init__(layer, weight.shape[1], weight.shape[0])
+        layer.weight, layer.bias = nn.Parameter(weight), bias
+        return layer
+
+    def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_A is None or self.lora_B is None:
+            return y
+        dropped = F.dropout(x, self.dropout, self.training)
+        return y + self.scaling * F.linear(
+            F.linear(dropped, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype)
+        )
+
+    def dense_weight(self) -> Float[Tensor, "N K"]:
+        return self.weight.detach()
+
+
+class NF4Linear(AdaptableLinear):
+    """The same layer over a quantized weight, which is decoded inside the product and never kept."""
+
+    def __init__(self, q: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+        if len(q.shape) != 2:
+            raise ValueError(f"a linear layer needs a weight of 2 dimensions; this one has shape {q.shape}")
+        N, K = q.shape
+        super().__init__(K, N)
+        self.quant_config, self.weight_dtype = q.config, q.dtype
+        # One row of codes for one output where bytes allow it, so that sharding splits by outputs.
+        packed = q.packed.view(N, -1) if q.packed.numel() % N == 0 else q.packed
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = bias
+        if q.absmax_codes is None:
+            self.absmax_codes = None
+        else:
+            self.absmax_codes = nn.Parameter(q.absmax_codes, requires_grad=False)
+        self.register_buffer("absmax", q.absmax)
+        self.register_buffer("nested_absmax", q.nested_absmax)
+        self.register_buffer("absmax_offset", q.absmax_offset)
+
+    absmax: Tensor | None
+    nested_absmax: Tensor | None
+    absmax_offset: Tensor | None
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The stored weight; it shares memory with the layer."""
+        return QuantizedTensor(
+            packed=self.weight.detach().view(-1),
+            absmax=self.absmax,
+            absmax_codes=None if self.absmax_codes is None else self.absmax_codes.detach(),
+            nested_absmax=self.nested_absmax,
+            absmax_offset=self.absmax_offset,
+            shape=(self.out_features, self.in_features),
+            dtype=self.weight_dtype,
+            config=self.quant_config,
+        )
+
+    def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
+        if self.lora_A is None or self.lora_B is None:
+            return kernels.nf4_linear(x, self.quantized, self.bias)
+        dropout = self.dropout if self.training else 0.0
+        return kernels.nf4_lora_linear(
+            x, self.quantized, self.lora_A.weight, self.lora_B.weight, self.scaling, self.bias, dropout
+        )
+
+    def dense_weight(self) -> Float[Tensor, "N K"]:
+        return kernels.dequantize(self.quantized, self.weight_dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+        """Let scales follow the model to a device, but through no cast: `fn` sees them as integers."""
+        scales = {name: b for name, b in self._buffers.items() if b is not None}
+        for name, scale in scales.items():
+            self._buffers[name] = scale.view(torch.int32)
+        super()._apply(fn, recurse)
+        for name in scales:
+            self._buffers[name] = self._buffers[name].view(torch.float32)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        return self

@@ -1,0 +1,235 @@
+"""LLaMA: a decoder of pre-norm blocks with rotary grouped-query attention and SwiGLU.
+
+Axes: B batch, T tokens, S tokens seen so far (cached and new), D width, H query heads, K key/value heads,
+C channels per head, V vocabulary. Modules carry the names of the released checkpoints, so loading is a
+plain copy.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.cache import Cache, LayerCache
+from models.config import LlamaConfig
+from models.linear import Linear
+from models.rope import rotary_table, rotate
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, with the statistics in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        D, C, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim = C
+        self.q_proj = Linear(D, config.num_attention_heads * C, bias)
+        self.k_proj = Linear(D, config.num_key_value_heads * C, bias)
+        self.v_proj = Linear(D, config.num_key_value_heads * C, bias)
+        self.o_proj = Linear(config.num_attention_heads * C, D, bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        cos: Float[Tensor, "B 1 T C"],
+        sin: Float[Tensor, "B 1 T C"],
+        mask: Bool[Tensor, "B 1 T S"] | None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """`mask` says what may be attended to; None stands for plain causal order."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, C)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, C)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, C)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, K, S, C)
+
+        causal = mask is None and T > 1  # a single new token may see all that came before it
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(D, inner, bias)
+        self.up_proj = Linear(D, inner, bias)
+        self.down_proj = Linear(inner, D, bias)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each added to the stream after a norm of its input."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        cos: Float[Tensor, "B 1 T C"],
+        sin: Float[Tensor, "B 1 T C"],
+        mask: Bool[Tensor, "B 1 T S"] | None,
+        cache: LayerCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm: what the released names call `model`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """`attention_mask` covers cached and new tokens alike, (B, S)."""
+        past = cache.length if cache is not None else 0
+        positions, mask = positions_and_mask(input_ids, attention_mask, past)
+        cos, sin = rotary_table(positions, self.config)
+
+        x = self.embed_tokens(input_ids)
+        for i, layer in enumerate(self.layers):
+            layer_cache = cache.layers[i] if cache is not None else None
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, layer_cache)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The decoder with its language-model head, which may be the embedding itself."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        head = not config.tie_word_embeddings
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if head else None
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of the next token at every position."""
+        return self.head(self.model(input_ids, attention_mask, cache))
+
+    def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+        """Logits from the decoder's output."""
+        table = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, table.weight)
+
+    def loss(
+        self,
+        *,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+    ) -> Float[Tensor, ""]:
+        """Mean cross-entropy, in float32, of each label given the tokens before it; -100 is not scored.
+
+        Only the positions that are scored go through the head: with a large vocabulary the logits of a
+        prompt would be most of the memory of a small model, and they are worth nothing.
+        """
+        if input_ids.shape != labels.shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}; they must agree"
+            )
+        hidden = self.model(input_ids, attention_mask)[:, :-1]
+        targets = labels[:, 1:]
+        scored = targets != -100  # (B, T - 1)
+        hidden = hidden[scored]  # (labels, D)
+        if hidden.shape[0] == 0:
+            raise ValueError("no label to score: every one is -100, or stands at the start of its row")
+        return F.cross_entropy(self.head(hidden).float(), targets[scored])
+
+    @staticmethod
+    def label_count(labels: Int[Tensor, "B T"]) -> int:
+        """How many labels `loss` averages over: the first token of a row has nothing before it."""
+        return int((labels[:, 1:] != -100).sum())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """Room for the keys and values of `max_length` tokens in every layer."""
+        shape = (batch_size, self.config.num_key_value_heads, max_length, self.config.head_dim)
+        return Cache([LayerCache(shape, self.dtype, self.device) for _ in self.model.layers])
+
+
+def positions_and_mask(
+    input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None, past: int
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B 1 T S"] | None]:
+    """Rotary positions of the new tokens, and what each may attend to (None: plain causal order).
+
+    Positions count the tokens that are there, so padding on the left shifts nothing. Causal order alone
+    already hides padding on the right from every real token; only other padding, or several new tokens
+    after cached ones, need an explicit mask. A padding token may see itself: a row of nothing is NaN.
+    """
+    B, T = input_ids.shape
+    S = past + T
+    if attention_mask is None:
+        positions = torch.arange(past, S, device=input_ids.device).expand(B, T)
+        if past == 0 or T == 1:
+            return positions, None
+        present = torch.ones(B, S, dtype=torch.bool, device=input_ids.device)
+    else:
+        if attention_mask.shape != (B, S):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; "
+                f"{B} rows of {S} tokens (cached and new) need ({B}, {S})"
+            )
+        present = attention_mask.to(torch.bool)
+        positions = (present.long().cumsum(dim=1) - 1).clamp_min(0)[:, past:]
+        if past == 0 and bool((present[:, 1:] <= present[:, :-1]).all()) and bool(present[:, 0].all()):
+            return positions, None
+
+    diagonal = S - T
+    causal = torch.ones(T, S, dtype=torch.bool, device=input_ids.device).tril(diagonal)
+    return positions, ((causal & present[:, None]) | causal.triu(diagonal))[:, None]

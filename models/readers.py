@@ -1,0 +1,177 @@
+"""Tensors of a checkpoint, one at a time, whatever file they lie in.
+
+A reader knows every tensor's name and shape before it reads any, and each read opens the file, takes one
+tensor and lets go: pages of a file that stays mapped would count as this process's memory, and the whole
+point of streaming is that only the quantized model grows. Nothing here runs code from a file.
+"""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.errors import CheckpointError
+
+
+class Reader(Protocol):
+    """Names, shapes and single tensors of a checkpoint."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        ...
+
+    def where(self, name: str) -> str:
+        """The file that holds a tensor, for error messages."""
+        ...
+
+
+class SafetensorsReader:
+    """One *.safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self.opened() as f:
+            self.shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+            self.metadata: dict[str, str] = f.metadata() or {}
+
+    def read(self, name: str) -> Tensor:
+        with self.opened() as f:
+            return f.get_tensor(name).clone()  # not a view of the file, which may change or vanish
+
+    def where(self, name: str) -> str:
+        return str(self.path)
+
+    def opened(self) -> Any:
+        try:
+            return safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.path}: not a whole safetensors file ({error}); fetch or copy it again"
+            ) from error
+
+
+class TorchReader:
+    """One file written by torch.save: *.bin, *.pth or *.pt, holding a flat dictionary of tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept: dict[str, Tensor] | None = None
+        state = self.load()
+        bad = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        if bad:
+            raise CheckpointError(f"{path}: {bad[0]!r} is not a tensor; a checkpoint maps names to tensors")
+        if not zipfile.is_zipfile(path):
+            self.kept = state  # the format before torch 1.6 cannot be mapped: it is read once, whole
+        self.shapes = {name: tuple(value.shape) for name, value in state.items()}
+
+    def read(self, name: str) -> Tensor:
+        state = self.load() if self.kept is None else self.kept
+        return state[name].clone()
+
+    def where(self, name: str) -> str:
+        return str(self.path)
+
+    def load(self) -> dict[str, Tensor]:
+        try:
+            state = torch.load(
+                self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
+            )
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{self.path}: refused, because reading it would run code or it is broken "
+                f"({first_line(error)}); use a safetensors copy"
+            ) from error
+        except (RuntimeError, EOFError, OSError, KeyError, ValueError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"{self.path}: not a whole torch file ({first_line(error)}); fetch or copy it again"
+            ) from error
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{self.path}: holds a {type(state).__name__}, not names and tensors")
+        return state
+
+
+class ShardedReader:
+    """Several files that together hold one checkpoint, each tensor whole in one of them."""
+
+    def __init__(self, readers: list[Reader]) -> None:
+        self.owner: dict[str, Reader] = {}
+        for reader in readers:
+            for name in reader.shapes:
+                if name in self.owner:
+                    raise CheckpointError(
+                        f"{reader.where(name)}: {name} is also in {self.owner[name].where(name)}; keep one"
+                    )
+                self.owner[name] = reader
+        self.shapes = {name: reader.shapes[name] for name, reader in self.owner.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.owner[name].read(name)
+
+    def where(self, name: str) -> str:
+        return self.owner[name].where(name)
+
+
+def open_files(directory: Path) -> Reader:
+    """The weights of a directory in the released layout: safetensors before .bin, an index before a file."""
+    for single, make in (("model.safetensors", SafetensorsReader), ("pytorch_model.bin", TorchReader)):
+        index = directory / f"{single}.index.json"
+        if index.exists():
+            return indexed(index, make)
+        if (directory / single).exists():
+            return make(directory / single)
+    shards = sorted(directory.glob("model-*-of-*.safetensors"))
+    if shards:
+        raise CheckpointError(
+            f"{directory}: has {len(shards)} shards but no model.safetensors.index.json to say what they hold"
+        )
+    raise CheckpointError(
+        f"{directory}: no weights; looked for model.safetensors and pytorch_model.bin, whole or with an index"
+    )
+
+
+def indexed(index: Path, make: type[SafetensorsReader] | type[TorchReader]) -> Reader:
+    """The shards that an index names; each must be there and hold what the index says."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to files")
+    names = sorted(set(table.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index}: names {outside[0]!r}, which is not a file beside it")
+    absent = [name for name in names if not (index.parent / name).exists()]
+    if absent:
+        raise CheckpointError(
+            f"{index}: names {len(absent)} of {len(names)} files that are not there: {', '.join(absent)}; "
+            "the download may not have finished"
+        )
+    sharded = ShardedReader([make(index.parent / name) for name in names])
+    lost = [name for name, file in table.items() if Path(sharded_where(sharded, name)).name != file]
+    if lost:
+        raise CheckpointError(f"{index}: says that {table[lost[0]]} holds {lost[0]}, but it does not")
+    return sharded
+
+
+def sharded_where(reader: ShardedReader, name: str) -> str:
+    return reader.where(name) if name in reader.owner else ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or the reason why there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({first_line(error)})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}; a JSON object is needed")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

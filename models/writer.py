@@ -1,0 +1,139 @@
+"""Writing a checkpoint: config.json and safetensors, in shards if it is large, whole or not at all.
+
+Everything is written into a folder beside the destination and moved there at the end, so a killed or failed
+write leaves the destination as it was. Tensors are handed over one at a time; a shard goes to disk as soon
+as it is full.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import nf4
+from models.errors import CheckpointError
+from models.linear import AdaptableLinear, NF4Linear
+from models.llama import Llama
+from nf4 import QuantConfig, QuantizedTensor
+
+SHARD_BYTES = 4 * 2**30
+
+
+def save(model: Llama, directory: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write the model in the released names; quantized layers as bitsandbytes would save them."""
+    adapted = [name for name, m in model.named_modules() if isinstance(m, AdaptableLinear) and m.lora_A]
+    if adapted:
+        raise ValueError(
+            f"{len(adapted)} layers have adapters (first: {adapted[0]}); call save_adapter for those, "
+            "or merge_adapter before saving the model"
+        )
+    quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+    with CheckpointWriter(directory, shard_bytes) as writer:
+        for name, parameter in model.named_parameters():
+            if name in quantized:
+                writer.add(name, quantized[name].quantized)
+            elif name.rpartition(".")[0] + ".weight" not in quantized or name.endswith(".bias"):
+                writer.add(name, parameter.detach())
+        configs = [layer.quant_config for layer in quantized.values()]
+        writer.finish(model.config.to_dict(), str(model.dtype), configs[0] if configs else None)
+
+
+class CheckpointWriter:
+    """Collects tensors into shards; `finish` puts the whole checkpoint in place."""
+
+    def __init__(self, directory: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.directory = Path(directory)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: is a file; a checkpoint is written into a directory")
+        self.staging = self.directory.with_name(f".{self.directory.name}.partial-{os.getpid()}")
+        self.shard_bytes = shard_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def __enter__(self) -> "CheckpointWriter":
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def add(self, name: str, value: Tensor | QuantizedTensor) -> None:
+        """One parameter; what was handed over before is written once a shard is full."""
+        tensors = nf4.to_state_dict(value, name) if isinstance(value, QuantizedTensor) else {name: value}
+        size = sum(t.nbytes for t in tensors.values())
+        if self.pending and sum(t.nbytes for t in self.pending.values()) + size > self.shard_bytes:
+            self.flush()
+        self.pending |= {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        self.total_bytes += size
+
+    def flush(self) -> None:
+        save_file(self.pending, self.staging / f"shard-{len(self.shards)}", metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending = {}
+
+    def finish(self, config: dict[str, Any], dtype: str, quant: QuantConfig | None) -> None:
+        """Write what is left, the index and the config, and move all of it to its place."""
+        self.flush()
+        count = len(self.shards)
+        names = ["model.safetensors"]
+        if count > 1:
+            names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+            weight_map = {tensor: file for file, shard in zip(names, self.shards, strict=True) for tensor in shard}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            self.write_json("model.safetensors.index.json", index)
+        for i, name in enumerate(names):
+            (self.staging / f"shard-{i}").rename(self.staging / name)
+        config = {**config, "torch_dtype": dtype.removeprefix("torch.")}
+        if quant is not None:
+            config["quantization_config"] = quantization_config(quant, config["torch_dtype"])
+        self.write_json("config.json", config)
+        self.move()
+
+    def move(self) -> None:
+        """Replace what a former save left; the config goes last, since without it nothing is a checkpoint."""
+        for path in self.staging.iterdir():
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
+        if not self.directory.exists():
+            self.staging.rename(self.directory)
+            return
+        new = {path.name for path in self.staging.iterdir()}
+        for pattern in ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"):
+            for old in self.directory.glob(pattern):
+                if old.name not in new:
+                    old.unlink()
+        for name in sorted(new, key=lambda name: name == "config.json"):
+            os.replace(self.staging / name, self.directory / name)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        (self.staging / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def quantization_config(quant: QuantConfig, dtype: str) -> dict[str, Any]:
+    """What config.json says of 4-bit weights, in the fields that other readers of such files look for."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": quant.codebook,
+        "bnb_4bit_use_double_quant": quant.double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights that the model has, a quantized one counted as often as it stands for a number."""
+    stored = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear)}
+    codes = {id(m.absmax_codes) for m in model.modules() if isinstance(m, NF4Linear)}
+    return sum(stored.get(id(p), p.numel()) for p in model.parameters() if id(p) not in codes)
