@@ -95,6 +95,6 @@ def contents(field: Any) -> Any:
 
     if field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]:
         return [field.parts[i].tobytes().decode("utf-8") for i in field.data]
-    if field.types and field.types[0] == gguf.GGUFValueType.ARRAY:
+    if len(field.types) == 2:  # an array of numbers
         return [field.parts[i].item() for i in field.data]
     return field.contents()

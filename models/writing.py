@@ -1,0 +1,134 @@
+"""`qlora generate` and `qlora chat`: a model's text on the terminal, as it is written."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from models.chat import render_chat
+from models.errors import ConfigError
+from models.generate import Sampling, stream
+from models.llama import Llama
+from models.target import LoadOptions, load_target
+from models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Write on from a prompt."""
+
+    target: str
+    """A checkpoint or a run."""
+    prompt: str
+    """The text to go on from; with --chat, a user's message."""
+    chat: bool = False
+    """Put the prompt into the model's chat form."""
+    max_new_tokens: int = 128
+    """Where to stop if the model does not."""
+    sampling: Sampling = Sampling()
+    """How tokens are chosen."""
+    seed: int | None = None
+    """Makes sampling repeatable."""
+    load: LoadOptions = LoadOptions()
+    """How the model is loaded."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """Talk with a model; an empty line or end of input leaves."""
+
+    target: str
+    """A checkpoint or a run."""
+    system: str | None = None
+    """The system message; by default the model's own, if it has one."""
+    max_new_tokens: int = 512
+    """Longest answer."""
+    sampling: Sampling = Sampling(temperature=0.7, top_p=0.9)
+    """How tokens are chosen; by default as the paper samples Guanaco."""
+    seed: int | None = None
+    """Makes sampling repeatable."""
+    load: LoadOptions = LoadOptions()
+    """How the model is loaded."""
+    json: bool = False
+    """Print the conversation as one JSON object at the end."""
+
+
+def generate_command(options: GenerateOptions, console: "Console") -> dict[str, Any]:
+    model, tokenizer = load_target(options.target, options.load)
+    if options.chat:
+        ids, _ = render_chat(
+            tokenizer, [{"role": "user", "content": options.prompt}], add_generation_prompt=True
+        )
+    else:
+        ids = tokenizer.encode(options.prompt, bos=adds_bos(tokenizer))
+    if not ids:
+        raise ConfigError("generate: the prompt is empty, and this tokenizer has no id to begin a text with")
+    text = say(answer(model, tokenizer, ids, options.max_new_tokens, options.sampling, options.seed), console)
+    return {"target": options.target, "prompt": options.prompt, "text": text}
+
+
+def chat_command(options: ChatOptions, console: "Console") -> dict[str, Any]:
+    model, tokenizer = load_target(options.target, options.load)
+    messages = [] if options.system is None else [{"role": "system", "content": options.system}]
+    while True:
+        console.print("[bold]> [/bold]", end="")
+        line = sys.stdin.readline().strip()
+        if not line:
+            return {"target": options.target, "messages": messages}
+        messages.append({"role": "user", "content": line})
+        ids, _ = render_chat(tokenizer, messages, add_generation_prompt=True)
+        text = say(answer(model, tokenizer, ids, options.max_new_tokens, options.sampling, options.seed), console)
+        messages.append({"role": "assistant", "content": text})
+
+
+def answer(
+    model: Llama,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    seed: int | None = None,
+) -> Iterator[str]:
+    """The text that follows a prompt, in pieces as it comes."""
+    prompt = torch.tensor([ids], device=model.device)
+    steps = stream(model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed)
+    yield from pieces(tokenizer, steps)
+
+
+def pieces(tokenizer: Tokenizer, steps: Iterable[Int[Tensor, "1"]]) -> Iterator[str]:
+    """Text as it becomes certain: a character whose bytes are not all there yet waits for the rest."""
+    ids: list[int] = []
+    shown = ""
+    for step in steps:
+        ids.append(int(step))
+        text = tokenizer.decode(ids)
+        if not text.endswith("�"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(ids)[len(shown) :]
+
+
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Sentencepiece models were trained with a beginning-of-text id before every text; chat models of
+    byte-level BPE put theirs where the template says."""
+    return tokenizer.adds_bos
+
+
+def say(parts: Iterable[str], console: "Console") -> str:
+    """Print the pieces as they come; all of the text comes back."""
+    text = ""
+    for part in parts:
+        console.out(part, end="", highlight=False)
+        console.file.flush()
+        text += part
+    console.out("")
+    return text

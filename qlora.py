@@ -1,0 +1,82 @@
+"""The command line: one verb a line, each handed to the package that does it."""
+
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's options and its function are, and what it does in one line."""
+
+    module: str
+    options: str
+    function: str
+    summary: str
+
+
+VERBS = {
+    "demo": Verb("train.demo", "DemoOptions", "command", "the main job on a real model and real data"),
+    "doctor": Verb("kernels.doctor", "DoctorOptions", "command", "what this machine has, with a self-test"),
+    "quantize": Verb("models.quantize", "QuantizeOptions", "command", "raw checkpoint to NF4 safetensors"),
+    "train": Verb("train.finetune", "TrainOptions", "command", "fine-tune adapters on a quantized base"),
+    "generate": Verb("models.writing", "GenerateOptions", "generate_command", "write on from a prompt"),
+    "chat": Verb("models.writing", "ChatOptions", "chat_command", "talk with a model or a run"),
+    "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),
+    "plot": Verb("train.plot", "PlotOptions", "command", "loss and learning-rate plots of runs"),
+}
+POSITIONAL = {"quantize": ("src", "out"), "generate": ("target",), "chat": ("target",), "eval": ("target",)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code says how it went (see README)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] not in VERBS:
+        near = difflib.get_close_matches(arguments[0], VERBS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"qlora: no verb {arguments[0]!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return run(arguments[0], arguments[1:])
+
+
+def run(name: str, arguments: list[str]) -> int:
+    import torch
+    from rich.console import Console
+
+    from models.errors import Refusal
+    from train.config import parse
+
+    verb = VERBS[name]
+    module = importlib.import_module(verb.module)
+    try:
+        options = parse(getattr(module, verb.options), arguments, prog=f"qlora {name}", description=verb.summary)
+        console = Console(stderr=options.json, highlight=False)
+        result = getattr(module, verb.function)(options, console)
+    except Refusal as refusal:
+        print(f"qlora {name}: {refusal}", file=sys.stderr)
+        return refusal.exit_code
+    except torch.OutOfMemoryError as error:
+        print(f"qlora {name}: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 5
+    except KeyboardInterrupt:
+        print(f"qlora {name}: interrupted", file=sys.stderr)
+        return 130
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(["usage: qlora VERB [options]; `qlora VERB --help` says more", "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Generation: rows of a batch do not see each other, and sampling draws from what it says."""
+
+import pytest
+import torch
+
+import models
+from models.generate import Sampling, choose
+from tests.golden import GOLDEN
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.load(GOLDEN / "llama-gqa", dtype=torch.float32)
+
+
+PROMPTS = ([7, 3, 90], [4], [11, 12, 13, 14, 15, 16])
+
+
+def batch(side):
+    width = max(map(len, PROMPTS))
+    ids, mask = torch.full((3, width), 5), torch.zeros(3, width, dtype=torch.long)
+    for row, prompt in enumerate(PROMPTS):
+        place = slice(0, len(prompt)) if side == "right" else slice(width - len(prompt), width)
+        ids[row, place] = torch.tensor(prompt)
+        mask[row, place] = 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(model, side):
+    ids, mask = batch(side)
+    together = models.generate(model, ids, mask, max_new_tokens=9, eos_token_id=-1)
+    for row, prompt in enumerate(PROMPTS):
+        alone = models.generate(model, torch.tensor([prompt]), max_new_tokens=9, eos_token_id=-1)[0]
+        start = 0 if side == "right" else 6 - len(prompt)
+        assert torch.equal(together[row, start : start + len(alone)], alone)
+
+
+def test_a_stopped_row_is_padded_on_the_right(model):
+    ids, mask = batch("right")
+    free = models.generate(model, ids, mask, max_new_tokens=9, eos_token_id=-1)
+    stop = int(free[0, 5])  # the third new token of the first row
+    ended = models.generate(model, ids, mask, max_new_tokens=9, eos_token_id=stop)
+    first = free[0, 3:].tolist().index(stop) + 3
+    assert ended[0, : first + 1].tolist() == free[0, : first + 1].tolist()
+    assert set(ended[0, first + 1 :].tolist()) <= {stop}  # no pad id in this checkpoint: a stop id fills
+
+
+def test_generation_ends_when_every_row_has_stopped(model):
+    prompt = torch.tensor([PROMPTS[0]])
+    free = models.generate(model, prompt, max_new_tokens=9, eos_token_id=-1)
+    stop = int(free[0, 3])
+    assert models.generate(model, prompt, max_new_tokens=9, eos_token_id=[stop]).shape == (1, 4)
+
+
+def test_no_new_tokens_gives_the_prompt(model):
+    prompt = torch.tensor([PROMPTS[0]])
+    assert torch.equal(models.generate(model, prompt, max_new_tokens=0), prompt)
+
+
+def test_a_seed_fixes_sampling(model):
+    prompt = torch.tensor([PROMPTS[0]])
+    draw = lambda seed: models.generate(  # noqa: E731
+        model, prompt, max_new_tokens=20, temperature=1.5, eos_token_id=-1, seed=seed
+    )
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def drawn(sampling, logits, n=4000, seen=None):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor([logits]).expand(n, -1)
+    seen = None if seen is None else torch.tensor([seen]).expand(n, -1)
+    return choose(rows, sampling, seen, generator).bincount(minlength=len(logits)) / n
+
+
+def test_temperature_one_draws_from_the_models_distribution():
+    logits = [1.0, 0.0, -1.0]
+    expected = torch.tensor(logits).softmax(0)
+    torch.testing.assert_close(drawn(Sampling(temperature=1.0), logits), expected, atol=0.03, rtol=0)
+
+
+def test_top_k_keeps_the_k_best_and_top_p_the_nucleus():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
+    assert drawn(Sampling(temperature=1.0, top_k=2), logits)[2:].sum() == 0
+    nucleus = drawn(Sampling(temperature=1.0, top_p=0.6), logits)
+    assert nucleus[2:].sum() == 0  # .5 does not reach .6, .5 + .3 does
+    torch.testing.assert_close(nucleus[0], torch.tensor(0.625), atol=0.03, rtol=0)
+    assert drawn(Sampling(temperature=1.0, top_p=0.4), logits)[0] == 1
+
+
+def test_repetition_penalty_lowers_what_is_there_already():
+    seen = [True, False, True]
+    assert drawn(Sampling(repetition_penalty=2.0), [1.0, 0.6, -1.0], 1, seen).argmax() == 1
+    assert drawn(Sampling(repetition_penalty=2.0), [-0.5, -0.9, -3.0], 1, seen).argmax() == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"max_new_tokens": 1, "temperature": -0.1}, "temperature is -0.1"),
+        ({"max_new_tokens": 1, "top_p": 0.0}, "top_p is 0.0"),
+        ({"max_new_tokens": 1, "top_k": -2}, "top_k is -2"),
+        ({"max_new_tokens": 1, "repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"max_new_tokens": 1, "attention_mask": torch.ones(1, 2)}, r"attention_mask has shape \(1, 2\)"),
+        ({"max_new_tokens": 1, "attention_mask": torch.zeros(1, 3)}, "its prompt is empty"),
+    ],
+)
+def test_bad_requests_are_refused(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        models.generate(model, torch.tensor([PROMPTS[0]]), **kwargs)
+
+
+def test_ids_outside_the_vocabulary_are_refused(model):
+    with pytest.raises(ValueError, match="ids reach from 0 to 128; the model knows 0 to 127"):
+        models.generate(model, torch.tensor([[0, 128]]), max_new_tokens=1)
