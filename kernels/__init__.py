@@ -1,1 +1,24 @@
-"""Every operator on stored weights."""
+"""Every operator on stored weights: the fast form for the device at hand, and its definition in `reference`."""
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from kernels import reference
+from kernels.dispatch import form
+from kernels.linear import nf4_linear, nf4_lora_linear
+from nf4 import QuantConfig, QuantizedTensor
+
+__all__ = ["dequantize", "nf4_linear", "nf4_lora_linear", "quantize", "reference"]
+
+
+def quantize(
+    weight: Shaped[Tensor, "..."], config: QuantConfig = QuantConfig(), *, name: str = "weight"
+) -> QuantizedTensor:
+    """Round every weight to the nearest level of its block."""
+    return form("quantize", weight.device)(weight, config, name=name)
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
+    """The weight a quantized tensor stands for: level times scale in float32, then one rounding to `dtype`."""
+    return form("dequantize", q.device)(q, dtype)

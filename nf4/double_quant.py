@@ -1,0 +1,77 @@
+"""Double quantization: the scales are themselves stored in 8 bits.
+
+A float32 scale for every 64 weights costs half a bit per weight. The scales of a weight are alike, so their mean is
+taken out and what remains is stored as 8-bit codes, with one float32 scale per 256 of them: 8/64 + 32/(64 * 256),
+0.127 bits per weight. The codes index the dynamic map, a data type for numbers whose magnitude is not known
+beforehand: its leading zeros give the power of ten, the bits that are left a linear fraction.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+
+def quantize_absmax(
+    absmax: Float[Tensor, " num_blocks"], nested_block_size: int = 256
+) -> tuple[UInt8[Tensor, " num_blocks"], Float[Tensor, " num_nested_blocks"], Float[Tensor, ""]]:
+    """The codes, second-level scales and offset of a vector of scales; each code is the exact nearest entry."""
+    offset = absmax.mean() if len(absmax) else absmax.new_zeros(())  # in float32, as bitsandbytes takes it
+    centred = absmax - offset
+    padded = torch.nn.functional.pad(centred, (0, -len(absmax) % nested_block_size))
+    blocks = padded.view(-1, nested_block_size)
+    nested_absmax = blocks.abs().amax(dim=1)
+    if not nested_absmax.isfinite().all():
+        raise ValueError(
+            f"double quantization takes the mean of the scales in float32, and scales up to "
+            f"{float(absmax.abs().max()):.3g} overflow it: store this weight with double_quant=False"
+        )
+
+    # In float64, so that no rounding carries a ratio across the midpoint between two entries.
+    ratio = blocks.double() / nested_absmax.double().clamp_min(1e-300)[:, None]
+    entries = dynamic_map(signed=True).double().to(absmax.device)
+    codes = torch.bucketize(ratio, (entries[:-1] + entries[1:]) / 2, out_int32=True)
+    return codes.to(torch.uint8).view(-1)[: len(absmax)], nested_absmax, offset
+
+
+def dequantize_absmax(
+    codes: UInt8[Tensor, " num_blocks"],
+    nested_absmax: Float[Tensor, " num_nested_blocks"],
+    offset: Float[Tensor, ""],
+    nested_block_size: int = 256,
+) -> Float[Tensor, " num_blocks"]:
+    """The float32 scales that the codes stand for: entry * second-level scale, then + offset, each rounded."""
+    if len(nested_absmax) != -(-len(codes) // nested_block_size):
+        raise ValueError(
+            f"{len(codes)} scales in blocks of {nested_block_size} have {-(-len(codes) // nested_block_size)} "
+            f"second-level scales, but {len(nested_absmax)} came"
+        )
+    entries = map_on(codes.device).index_select(0, codes.int())
+    padded = torch.nn.functional.pad(entries, (0, -len(codes) % nested_block_size))
+    centred = padded.view(-1, nested_block_size) * nested_absmax[:, None]
+    return centred.view(-1)[: len(codes)] + offset
+
+
+def dynamic_map(signed: bool = True) -> Float[Tensor, "256"]:
+    """The 256 entries of the dynamic map, ascending: the signed one, or the one for numbers that are never negative.
+
+    For each power of ten 10^-6 .. 1, the midpoints of equal intervals of [0.1, 1]: twice as many for each step up,
+    where numbers are denser. Then 0 and 1.
+    """
+    entries = [0.0, 1.0]
+    for exponent in range(7):
+        intervals = 2**exponent if signed else 2 ** (exponent + 1)
+        edges = torch.linspace(0.1, 1, intervals + 1, dtype=torch.float32)
+        middles = 10.0 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2
+        entries += middles.tolist()
+        entries += (-middles).tolist() if signed else []
+    return torch.tensor(sorted(entries), dtype=torch.float32)
+
+
+@lru_cache
+def map_on(device: torch.device) -> Float[Tensor, "256"]:
+    """The signed map, kept on each device that has asked for it."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return dynamic_map(signed=True).to(device)

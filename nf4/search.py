@@ -1,0 +1,2 @@
+def search_scales(flat, absmax, config):
+    return absmax
