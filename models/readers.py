@@ -9,7 +9,7 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from torch import Tensor
 from models.errors import CheckpointError
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Names, shapes and single tensors of a checkpoint."""
 
