@@ -8,6 +8,7 @@ What is quantized: the linear layers of the blocks. Embeddings, norms and the he
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,12 @@ def stream(
             if name in stored:
                 yield name, read_stored(name, shape, reader, stored[name], quant).to(device), None
                 continue
-            weight = reader.read(name).to(device=device, dtype=dtype)
+            weight = reader.read(name).to(device)
             if name in linears and quant is not None:
-                yield name, kernels.quantize(weight, quant, name=name), weight
+                weight = weight.to(reader.released_dtype or dtype)
+                yield name, replace(kernels.quantize(weight, quant, name=name), dtype=dtype), weight
             else:
+                weight = weight.to(dtype)
                 refuse_non_finite(weight, name)
                 yield name, weight, None
         except CheckpointError:

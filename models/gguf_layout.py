@@ -36,6 +36,10 @@ ROPE_FACTORS = "rope_freqs.weight"  # llama3 scaling, as the divisor of each fre
 class GgufReader:
     """The tensors of one .gguf under the released names, decoded to float32."""
 
+    # GGUF's scales are float16, but the weights that it approximates were bfloat16 in every LLaMA release
+    # since the second.
+    released_dtype = torch.bfloat16
+
     def __init__(self, header: GgufHeader, heads: int, kv_heads: int) -> None:
         self.header = header
         self.heads = {"q_proj": heads, "k_proj": kv_heads}

@@ -23,6 +23,9 @@ class Reader(Protocol):
     """Names, shapes and single tensors of a checkpoint."""
 
     shapes: dict[str, tuple[int, ...]]
+    released_dtype: torch.dtype | None
+    """The precision of the weights that the file was made from, where it does not keep them as they were;
+    4-bit codes are then chosen for the weights in that precision. None: the file has the weights."""
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
@@ -35,6 +38,8 @@ class Reader(Protocol):
 
 class SafetensorsReader:
     """One *.safetensors file."""
+
+    released_dtype = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,6 +65,8 @@ class SafetensorsReader:
 
 class TorchReader:
     """One file written by torch.save: *.bin, *.pth or *.pt, holding a flat dictionary of tensors."""
+
+    released_dtype = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -100,6 +107,8 @@ class TorchReader:
 
 class ShardedReader:
     """Several files that together hold one checkpoint, each tensor whole in one of them."""
+
+    released_dtype = None
 
     def __init__(self, readers: list[Reader]) -> None:
         self.owner: dict[str, Reader] = {}
