@@ -1,4 +1,4 @@
-"""Every operator on stored weights: the fast form for the device at hand, and its definition in `reference`."""
+"""Every operator on stored weights: the fast form for a device, and its definition in `reference`."""
 
 import torch
 from jaxtyping import Float, Shaped
@@ -20,5 +20,5 @@ def quantize(
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
-    """The weight a quantized tensor stands for: level times scale in float32, then one rounding to `dtype`."""
+    """The weight that is stored: level times scale in float32, then one rounding to `dtype`."""
     return form("dequantize", q.device)(q, dtype)

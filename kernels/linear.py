@@ -1,8 +1,9 @@
 """Linear layers on a stored weight that never keep the weight itself.
 
-Plain autograd would hold the dequantized W of every layer until its backward pass: the whole model in 16 bit. Here
-forward saves only what is stored anyway, and backward dequantizes W again. With a LoRA branch it also keeps x and the
-small x A^T; of dropout it keeps the seed, from which the mask is drawn again. M tokens, N outputs, K inputs, R rank.
+Plain autograd would hold the dequantized W of every layer until its backward pass: the whole model in 16
+bit. Here forward saves only what is stored anyway, and backward dequantizes W again. With a LoRA branch it
+also keeps x and the small drop(x) A^T; of dropout it keeps the seed, from which the mask is drawn again. M
+tokens, N outputs, K inputs, R rank.
 """
 
 from typing import Any
@@ -38,8 +39,8 @@ def nf4_lora_linear(
 ) -> Float[Tensor, "*M N"]:
     """(..., K) -> (..., N): y = x W^T + bias + scaling (drop(x) A^T) B^T, where W = dequantize(q) is (N, K).
 
-    The branch multiplies in x's dtype, whatever dtype the adapter is kept in. Dropout falls on the branch's input
-    alone; the base layer sees all of x.
+    The branch multiplies in x's dtype, whatever dtype the adapter is kept in. Dropout falls on the branch's
+    input alone; the base layer sees all of x.
     """
     check_lora(x, q, lora_a, lora_b, dropout, bias)
     if dropout and seed is None:
@@ -55,7 +56,8 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (dy,) = grad_outputs
         dx = dy @ weight_of(ctx.q, dy.dtype) if ctx.needs_input_grad[0] else None
         dbias = rows(dy).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias
@@ -83,7 +85,8 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (dy,) = grad_outputs
         x, lora_a, lora_b, inner = ctx.saved_tensors
         need_x, _, need_a, need_b, _, need_bias, _, _ = ctx.needs_input_grad
         dx = da = db = None

@@ -34,8 +34,8 @@ def nf4_lora_linear(
 ) -> Float[Tensor, "*M N"]:
     """(..., K) -> (..., N): y = x W^T + bias + scaling (drop(x) A^T) B^T, where W = dequantize(q) is (N, K).
 
-    The branch multiplies in x's dtype, whatever dtype the adapter is kept in. Dropout falls on the branch's input
-    alone; the base layer sees all of x.
+    The branch multiplies in x's dtype, whatever dtype the adapter is kept in. Dropout falls on the branch's
+    input alone; the base layer sees all of x.
     """
     check_lora(x, q, lora_a, lora_b, dropout, bias)
     y = F.linear(x, dequantize(q, x.dtype), cast(bias, x.dtype))
@@ -52,7 +52,7 @@ def drop(x: Float[Tensor, "..."], dropout: float, seed: int) -> Float[Tensor, ".
 def dropout_mask(
     shape: tuple[int, ...], dropout: float, seed: int, device: torch.device
 ) -> Bool[Tensor, "..."]:
-    """Which entries stay: the same ones for the same seed and shape, so that backward need not keep the mask."""
+    """Which entries stay: the same for the same seed and shape, so that nothing need keep the mask."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - dropout, generator=generator)
 
@@ -84,7 +84,8 @@ def check_lora(
         raise ValueError(f"lora_a is {tuple(lora_a.shape)} but the weight takes (rank, {in_features})")
     if lora_b.shape != (out_features, lora_a.shape[0]):
         raise ValueError(
-            f"lora_b is {tuple(lora_b.shape)} but the weight and lora_a take ({out_features}, {lora_a.shape[0]})"
+            f"lora_b is {tuple(lora_b.shape)} but the weight and lora_a take "
+            f"({out_features}, {lora_a.shape[0]})"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is the share of inputs set to zero and must be in [0, 1), not {dropout}")

@@ -21,7 +21,7 @@ class QuantConfig:
     nested_block_size: int = 256
     """How many consecutive scales share one second-level scale; bitsandbytes multiplies only with 256."""
     scale: str = "absmax"
-    """How a block's scale is chosen: its largest magnitude ("absmax"), or the least squared error ("search")."""
+    """How a block's scale is chosen: its largest magnitude (absmax) or the least squared error (search)."""
 
     def __post_init__(self) -> None:
         check_codebook(self.codebook)

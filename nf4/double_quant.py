@@ -1,25 +1,26 @@
 """Double quantization: the scales are themselves stored in 8 bits.
 
-A float32 scale for every 64 weights costs half a bit per weight. The scales of a weight are alike, so their mean is
-taken out and what remains is stored as 8-bit codes, with one float32 scale per 256 of them: 8/64 + 32/(64 * 256),
-0.127 bits per weight. The codes index the dynamic map, a data type for numbers whose magnitude is not known
-beforehand: its leading zeros give the power of ten, the bits that are left a linear fraction.
+A float32 scale for every 64 weights costs half a bit per weight. The scales of a weight are alike, so their
+mean is taken out and what remains is stored as 8-bit codes, with one float32 scale per 256 of them: 8/64 +
+32/(64 * 256), 0.127 bits per weight. The codes index the dynamic map, a data type for numbers whose
+magnitude is not known beforehand: its leading zeros give the power of ten, the bits that are left a linear
+fraction.
 """
 
-import math
 from functools import lru_cache
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+Nested = tuple[UInt8[Tensor, " num_blocks"], Float[Tensor, " num_nested_blocks"], Float[Tensor, ""]]
 
-def quantize_absmax(
-    absmax: Float[Tensor, " num_blocks"], nested_block_size: int = 256
-) -> tuple[UInt8[Tensor, " num_blocks"], Float[Tensor, " num_nested_blocks"], Float[Tensor, ""]]:
-    """The codes, second-level scales and offset of a vector of scales; each code is the exact nearest entry."""
+
+def quantize_absmax(absmax: Float[Tensor, " num_blocks"], nested_block_size: int = 256) -> Nested:
+    """Codes, second-level scales and offset of a vector of scales; each code is the exact nearest entry."""
     offset = absmax.mean() if len(absmax) else absmax.new_zeros(())  # in float32, as bitsandbytes takes it
     centred = absmax - offset
+    nested_block_size = min(nested_block_size, max(len(absmax), 1))  # padding to more would only take memory
     padded = torch.nn.functional.pad(centred, (0, -len(absmax) % nested_block_size))
     blocks = padded.view(-1, nested_block_size)
     nested_absmax = blocks.abs().amax(dim=1)
@@ -42,12 +43,14 @@ def dequantize_absmax(
     offset: Float[Tensor, ""],
     nested_block_size: int = 256,
 ) -> Float[Tensor, " num_blocks"]:
-    """The float32 scales that the codes stand for: entry * second-level scale, then + offset, each rounded."""
-    if len(nested_absmax) != -(-len(codes) // nested_block_size):
+    """The float32 scales that are stored: entry times second-level scale, then plus offset, each rounded."""
+    expected = -(-len(codes) // nested_block_size)
+    if len(nested_absmax) != expected:
         raise ValueError(
-            f"{len(codes)} scales in blocks of {nested_block_size} have {-(-len(codes) // nested_block_size)} "
-            f"second-level scales, but {len(nested_absmax)} came"
+            f"{len(codes)} scales in blocks of {nested_block_size} have {expected} second-level scales, "
+            f"but {len(nested_absmax)} came"
         )
+    nested_block_size = min(nested_block_size, max(len(codes), 1))
     entries = map_on(codes.device).index_select(0, codes.int())
     padded = torch.nn.functional.pad(entries, (0, -len(codes) % nested_block_size))
     centred = padded.view(-1, nested_block_size) * nested_absmax[:, None]
@@ -55,10 +58,10 @@ def dequantize_absmax(
 
 
 def dynamic_map(signed: bool = True) -> Float[Tensor, "256"]:
-    """The 256 entries of the dynamic map, ascending: the signed one, or the one for numbers that are never negative.
+    """The 256 entries of the dynamic map, ascending; the unsigned one is for numbers that are never negative.
 
-    For each power of ten 10^-6 .. 1, the midpoints of equal intervals of [0.1, 1]: twice as many for each step up,
-    where numbers are denser. Then 0 and 1.
+    For each power of ten from 10^-6 to 1 these are the midpoints of equal intervals of [0.1, 1], twice as
+    many with each step up, where numbers are denser; then 0 and 1.
     """
     entries = [0.0, 1.0]
     for exponent in range(7):

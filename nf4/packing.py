@@ -41,8 +41,8 @@ def unpack(packed: UInt8[Tensor, " bytes"], table: Tensor, bits: int) -> Float[T
 def unpack_table(name: str, device: torch.device) -> Tensor:
     """What each byte stands for: the levels of the codes in it.
 
-    The two float32 levels of a byte of 4-bit codes are moved as one int64, which doubles the speed of the lookup.
-    A code that the data type does not use decodes to NaN.
+    The two float32 levels of a byte of 4-bit codes are moved as one int64, which doubles the speed of the
+    lookup. A code that the data type does not use decodes to NaN.
     """
     bits, levels = code_bits(name), levels_of(name)
     with torch.inference_mode(False), torch.device("cpu"):
@@ -54,3 +54,12 @@ def unpack_table(name: str, device: torch.device) -> Tensor:
             [levels[(byte >> shift) % 2**bits] for shift in range(8 - bits, -1, -bits)], dim=1
         )
         return (table.view(torch.int64).view(-1) if bits == 4 else table).to(device)
+
+
+def largest_code(packed: UInt8[Tensor, " bytes"], bits: int) -> int:
+    """The largest of the packed codes of 4 or 8 bits, those of the padding among them."""
+    if bits == 8:
+        return int(packed.max())
+    assert bits == 4
+    high, low = packed.max(), max(int((part & 15).max()) for part in packed.split(1 << 22))
+    return max(int(high) >> 4, low)
