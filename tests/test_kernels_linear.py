@@ -72,6 +72,9 @@ def test_in_16_bits_it_errs_at_most_twice_as_much_as_torch_against_float64(dtype
     ours = run(kernels, arguments, dropout=dropout, seed=5)
     torchs = run(reference, arguments, dropout=dropout, seed=5)
     for our, torchs_own, true in zip(ours, torchs, exact, strict=True):
+        assert our is not None
+        assert torchs_own is not None
+        assert true is not None
         assert our.dtype == torchs_own.dtype
         assert (our.double() - true).norm() <= 2 * (torchs_own.double() - true).norm() + 1e-12
 
@@ -102,8 +105,9 @@ def test_only_the_gradients_asked_for_are_made():
             t.detach().requires_grad_(bool(asked >> i & 1)) for i, t in enumerate((x, lora_a, lora_b, bias))
         ]
         for dropout in (0.0, 0.5):
-            y = kernels.nf4_lora_linear(tensors[0], q, *tensors[1:3], 2.0, tensors[3], dropout, 3)
-            z = reference.nf4_lora_linear(tensors[0], q, *tensors[1:3], 2.0, tensors[3], dropout, 3)
+            x, lora_a, lora_b, bias = tensors
+            y = kernels.nf4_lora_linear(x, q, lora_a, lora_b, 2.0, bias, dropout, 3)
+            z = reference.nf4_lora_linear(x, q, lora_a, lora_b, 2.0, bias, dropout, 3)
             wanted = [t for t in tensors if t.requires_grad]
             assert y.requires_grad == bool(wanted)
             if wanted:
