@@ -2,8 +2,8 @@
 
 Plain autograd would hold the dequantized W of every layer until its backward pass: the whole model in 16
 bit. Here forward saves only what is stored anyway, and backward dequantizes W again. With a LoRA branch it
-also keeps x and the small drop(x) A^T; of dropout it keeps the seed, from which the mask is drawn again. M
-tokens, N outputs, K inputs, R rank.
+also keeps x and the small drop(x) A^T; of dropout it keeps the seed, from which the mask is drawn again.
+M tokens, N outputs, K inputs, R rank.
 """
 
 from typing import Any
@@ -20,23 +20,23 @@ from nf4 import QuantizedTensor
 
 
 def nf4_linear(
-    x: Float[Tensor, "*M K"], q: QuantizedTensor, bias: Float[Tensor, " N"] | None = None
-) -> Float[Tensor, "*M N"]:
+    x: Float[Tensor, "..."], q: QuantizedTensor, bias: Float[Tensor, "..."] | None = None
+) -> Float[Tensor, "..."]:
     """(..., K) -> (..., N): y = x W^T + bias, where W = dequantize(q) is (N, K)."""
     check_linear(x, q, bias)
     return Linear.apply(x, q, cast(bias, x.dtype))
 
 
 def nf4_lora_linear(
-    x: Float[Tensor, "*M K"],
+    x: Float[Tensor, "..."],
     q: QuantizedTensor,
-    lora_a: Float[Tensor, "R K"],
-    lora_b: Float[Tensor, "N R"],
+    lora_a: Float[Tensor, "..."],
+    lora_b: Float[Tensor, "..."],
     scaling: float,
-    bias: Float[Tensor, " N"] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
-) -> Float[Tensor, "*M N"]:
+) -> Float[Tensor, "..."]:
     """(..., K) -> (..., N): y = x W^T + bias + scaling (drop(x) A^T) B^T, where W = dequantize(q) is (N, K).
 
     The branch multiplies in x's dtype, whatever dtype the adapter is kept in. Dropout falls on the branch's

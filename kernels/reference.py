@@ -1,6 +1,7 @@
 """The definition of every operator, in plain torch.
 
 What the fast forms compute must agree with this, forward and backward; here the gradients are autograd's own.
+The shapes of what a caller passes are checked here and answered in words, so the signatures leave them open.
 M tokens, N outputs, K inputs, R rank.
 """
 
@@ -15,23 +16,23 @@ __all__ = ["dequantize", "drop", "dropout_mask", "dropout_seed", "nf4_linear", "
 
 
 def nf4_linear(
-    x: Float[Tensor, "*M K"], q: QuantizedTensor, bias: Float[Tensor, " N"] | None = None
-) -> Float[Tensor, "*M N"]:
+    x: Float[Tensor, "..."], q: QuantizedTensor, bias: Float[Tensor, "..."] | None = None
+) -> Float[Tensor, "..."]:
     """(..., K) -> (..., N): y = x W^T + bias, where W = dequantize(q) is (N, K)."""
     check_linear(x, q, bias)
     return F.linear(x, dequantize(q, x.dtype), cast(bias, x.dtype))
 
 
 def nf4_lora_linear(
-    x: Float[Tensor, "*M K"],
+    x: Float[Tensor, "..."],
     q: QuantizedTensor,
-    lora_a: Float[Tensor, "R K"],
-    lora_b: Float[Tensor, "N R"],
+    lora_a: Float[Tensor, "..."],
+    lora_b: Float[Tensor, "..."],
     scaling: float,
-    bias: Float[Tensor, " N"] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
-) -> Float[Tensor, "*M N"]:
+) -> Float[Tensor, "..."]:
     """(..., K) -> (..., N): y = x W^T + bias + scaling (drop(x) A^T) B^T, where W = dequantize(q) is (N, K).
 
     The branch multiplies in x's dtype, whatever dtype the adapter is kept in. Dropout falls on the branch's

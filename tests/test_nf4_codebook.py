@@ -77,7 +77,7 @@ def test_normal_float_levels_are_quantiles_of_the_normal_distribution(bits):
     positive = normal.icdf(torch.linspace(0.5, offset, n // 2 + 1, dtype=torch.float64))
     negative = normal.icdf(torch.linspace(1 - offset, 0.5, n // 2, dtype=torch.float64))
     expected = torch.cat([negative, positive[1:]]) / positive[-1]
-    torch.testing.assert_close(codebook(f"nf{bits}").double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(codebook(f"nf{bits}").double(), expected, atol=2e-6, rtol=0)
 
 
 def test_integers_and_the_other_floats_are_what_their_names_say():
@@ -112,7 +112,7 @@ def test_a_codebook_first_asked_for_in_inference_mode_serves_training():
     assert not codebook("nf3").is_inference()
 
 
-@pytest.mark.parametrize(("name", "meant"), [("nf5", "nf4"), ("NF4", "nf4"), ("fp4_e2m1", "fp4-e2m1")])
+@pytest.mark.parametrize(("name", "meant"), [("nf44", "nf4"), ("NF4", "nf4"), ("fp4_e2m1", "fp4-e2m1")])
 def test_an_unknown_codebook_is_refused_with_the_one_that_was_meant(name, meant):
     with pytest.raises(ValueError, match=f"no codebook '{name}'.*did you mean '{meant}'"):
         codebook(name)
