@@ -19,7 +19,7 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
         raise ValueError(f"steps go from 1 to {total_steps}, not {step}")
     warmup = warmup_steps(total_steps, config)
     if step <= warmup:
-        return config.learning_rate * step / warmup
+        return config.learning_rate * (step / warmup)  # exactly the full rate at the last one
     if config.schedule == "constant":
         return config.learning_rate
     passed = (step - 1 - warmup) / (total_steps - warmup)  # 0 to just below 1

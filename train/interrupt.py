@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM ask the loop to stop after the step it is in; the second one stops at once."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupt:
+    """While entered, remembers the first signal in `signal` instead of letting it end the process."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.previous: dict[int, object] = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+            self.previous = {number: signal.signal(number, self.note) for number in SIGNALS}
+        return self
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Remember the signal; from now on signals mean what they meant before."""
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)  # pyrefly: ignore[bad-argument-type]
+        self.previous = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()

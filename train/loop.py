@@ -1,0 +1,206 @@
+"""The training loop: how many steps, at which rate, on which micro-batches, and what is written down of each.
+
+What the loop itself has to remember from one step to the next is one small object, `LoopState`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import nn
+
+from models.errors import ConfigError, DataError, NonFiniteError
+from train.interrupt import Interrupt
+from train.memory import peak_memory_bytes
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.plot import plot_runs
+from train.progress import Progress
+from train.run import Run
+from train.schedule import learning_rate
+from train.step import Batch, update
+
+
+@runtime_checkable
+class Batches(Sized, Protocol):
+    """Micro-batches in an order that the epoch's number alone decides; len() is their number in an epoch."""
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """Give the micro-batches of an epoch, counted from 0."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, in which steps, and when to look at held-out examples."""
+
+    batch_size: int = 1
+    """Examples in a micro-batch, which is what must fit into memory at once."""
+    accumulation: int = 16
+    """Micro-batches in a step of the optimizer."""
+    max_steps: int | None = None
+    """How many steps to make; give this or epochs."""
+    epochs: float | None = None
+    """How often to go through the data; give this or max_steps."""
+    eval_steps: int | None = None
+    """Held-out loss every so many steps; before the first and after the last step in any case."""
+    log_every: int = 10
+    """Steps between the lines of log.txt."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How the adapters are moved."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "max_steps", "eval_steps", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise ValueError(f"epochs must be above 0, not {self.epochs}")
+        if (self.max_steps is None) == (self.epochs is None):
+            came = "neither" if self.epochs is None else f"{self.max_steps} and {self.epochs}"
+            raise ValueError(f"exactly one of max_steps and epochs says how long to train; got {came}")
+
+
+@dataclass
+class LoopState:
+    """How far a run is: all that the loop itself remembers from one step to the next."""
+
+    step: int = 0
+    """Steps made."""
+    epoch: int = 0
+    """The epoch of the next micro-batch."""
+    batch: int = 0
+    """The next micro-batch's position in that epoch."""
+    tokens: int = 0
+    """Tokens read, padding not counted."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    state: LoopState
+    status: Literal["done", "interrupted"]
+    loss: float | None
+    """Training loss of the last step; None if there was none."""
+    evaluations: tuple[dict[str, int | float], ...] = ()
+    """What eval_fn gave, each with its step; first and last are before and after training."""
+    seconds: float = 0.0
+    peak_memory: int = 0
+    """In bytes; of tensors on a CUDA device, of the whole process on a CPU."""
+    signal: int | None = None
+    """The signal that interrupted; the process should exit with 128 + signal."""
+
+
+def train(
+    model: Any,
+    batches: Batches,
+    config: LoopConfig,
+    run: Run,
+    *,
+    eval_fn: Callable[[], dict[str, int | float]] | None = None,
+    state: LoopState | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train every parameter that requires a gradient, and say how it went.
+
+    Before, the caller seeds (`seed_everything`), attaches adapters and moves the model; afterwards it saves
+    the adapter and sets the run's STATUS to done. An interrupted run returns after the step it was in, with
+    its STATUS set.
+    """
+    started = time.perf_counter()
+    state = state or LoopState()
+    evaluations: list[dict[str, int | float]] = []
+    step = None
+    with run:
+        parameters = trainable(model)
+        device = next(iter(parameters.values())).device
+        total = total_steps(config, len(batches))
+        optimizer = make_optimizer(parameters.values(), config.optimizer)
+        clip = config.optimizer.max_grad_norm
+        progress = Progress(total, done=state.step, every=config.log_every, quiet=quiet, write=run.log)
+
+        def evaluate() -> None:
+            if eval_fn:
+                values = eval_fn()
+                model.train()
+                if not math.isfinite(values["loss"]):
+                    raise NonFiniteError(f"the held-out loss after step {state.step} is {values['loss']}")
+                evaluations.append({"step": state.step, **values})
+                run.metrics(state.step, "eval", **values)
+                progress.say(f"step {state.step}/{total}  held-out loss {values['loss']:.4f}")
+
+        try:
+            with progress, Interrupt() as interrupt:
+                model.train()
+                if state.step == 0:
+                    evaluate()
+                for micro_batches in accumulated(batches, config.accumulation, state, total):
+                    began = time.perf_counter()
+                    rate = learning_rate(state.step + 1, total, config.optimizer)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    step = update(model, parameters, optimizer, micro_batches, state.step + 1, clip)
+                    state.step += 1
+                    state.tokens += step.tokens
+                    run.metrics(state.step, "train", lr=rate, **step._asdict())
+                    seconds = time.perf_counter() - began
+                    speed, memory = step.tokens / seconds, peak_memory_bytes(device)
+                    run.timing(state.step, seconds=seconds, tokens_per_second=speed, peak_memory=memory)
+                    progress.step(state.step, step.loss, rate, speed, memory)
+                    if config.eval_steps and state.step % config.eval_steps == 0 and state.step < total:
+                        evaluate()
+                    if interrupt.signal is not None:
+                        break
+                if state.step == total:
+                    evaluate()
+        finally:
+            plot_runs([run.directory], run.directory / "plots" / "loss.png")
+        done = state.step == total
+        if not done:
+            run.status(f"interrupted@{state.step}")
+    return TrainResult(
+        state=state,
+        status="done" if done else "interrupted",
+        loss=step.loss if step else None,
+        evaluations=tuple(evaluations),
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory_bytes(device),
+        signal=interrupt.signal,
+    )
+
+
+def trainable(model: Any) -> dict[str, nn.Parameter]:
+    """Give what is to be trained, by name."""
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if not parameters:
+        raise ConfigError("the model has no trainable parameter; attach adapters before training")
+    return parameters
+
+
+def total_steps(config: LoopConfig, batches_per_epoch: int) -> int:
+    """Give the number of steps; an epoch ends with a smaller one where accumulation does not divide it."""
+    if batches_per_epoch < 1:
+        raise DataError("there is no batch to train on; check the data file and data.eval_size")
+    if config.max_steps is not None:
+        return config.max_steps
+    assert config.epochs is not None
+    return math.ceil(config.epochs * math.ceil(batches_per_epoch / config.accumulation))
+
+
+def accumulated(batches: Batches, accumulation: int, state: LoopState, total: int) -> Iterator[list[Batch]]:
+    """Give the micro-batches of each step, from where the state is, moving its position on.
+
+    A step never spans two epochs.
+    """
+    while state.step < total:
+        epoch = islice(batches.epoch(state.epoch), state.batch, None)
+        while state.step < total and (group := list(islice(epoch, accumulation))):
+            state.batch += len(group)
+            yield group
+        if state.batch == 0:
+            raise DataError(f"epoch {state.epoch} has no batch to train on")
+        if state.step < total:
+            state.epoch, state.batch = state.epoch + 1, 0

@@ -1,0 +1,60 @@
+"""A run's whole recipe in one config: the model, how it is stored, what is attached, the data, the loop."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import strftime
+from typing import Literal
+
+from models import LoraConfig
+from nf4 import QuantConfig
+from train.data import DataConfig
+from train.loop import LoopConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(LoopConfig):
+    """Everything that decides a run; config.toml in its directory, and the flags of `qlora train`."""
+
+    model: str
+    """Checkpoint to start from: a directory, a file in it, or a .gguf."""
+    out: str | None = None
+    """The run's directory; runs/NAME by default."""
+    name: str | None = None
+    """The run's name; time and model by default."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What the model computes in; auto is bfloat16 where the device multiplies it, else float32."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1; auto is cuda if there is one."""
+    quantize: bool = True
+    """Store the base's linear layers in few bits; without it this is plain LoRA."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass instead of keeping them."""
+    seed: int = 42
+    """Decides the adapters' start and dropout; data.seed decides the order of the data."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """How the base is stored."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The adapters."""
+    data: DataConfig
+    """What to train on."""
+    overwrite: bool = field(default=False, metadata={"saved": False})
+    """Replace an earlier run in the same directory."""
+    quiet: bool = field(default=False, metadata={"saved": False})
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model must name a checkpoint")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2^63, not {self.seed}")
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+            raise ValueError(
+                f"name must be a plain name without slashes, not {self.name!r}; out takes a path"
+            )
+        super().__post_init__()
+
+    def directory(self) -> Path:
+        """Give the run's directory; with neither out nor name set it depends on the time."""
+        if self.out is not None:
+            return Path(self.out)
+        return Path("runs") / (self.name or f"{strftime('%Y-%m-%d-%H%M%S')}-{Path(self.model).stem}")
