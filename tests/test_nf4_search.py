@@ -48,6 +48,17 @@ def test_it_takes_18_percent_off_the_squared_error_of_normal_weights(double_quan
     assert search / absmax - 1 < -0.185  # measured: -0.194, and -0.190 with double quantization
 
 
+def test_scales_that_8_bits_would_spoil_are_not_stored():
+    # Every block is exact with scale 1, except the first, which -1 fits a little better; but one scale of -1
+    # would coarsen all the others.
+    levels = levels_of("nf4")
+    weight = levels[torch.randint(16, (64, 64), generator=torch.Generator().manual_seed(0))]
+    weight[:, 0] = 1
+    weight[0] = torch.nn.functional.pad(-levels[[0, 1, 15]], (0, 61))
+    assert quantize(weight, QuantConfig(double_quant=False, scale="search")).scales[0] == -1
+    assert (quantize(weight, QuantConfig(scale="search")).scales == 1).all()
+
+
 def test_it_uses_both_signs_and_the_file_format_is_unchanged():
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     for double_quant in (False, True):
@@ -62,7 +73,8 @@ def test_it_uses_both_signs_and_the_file_format_is_unchanged():
 
 
 def test_a_scale_found_for_float16_does_not_decode_to_infinity():
-    weight = torch.full((64,), 65504.0, dtype=torch.float16)
-    weight[1::2] = 65504.0 * 0.75
+    # Every block's largest weight is float16's largest number; the best scale of some lies above it.
+    blocks = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    weight = (blocks / blocks.abs().amax(dim=1, keepdim=True) * 65504).half()
     back = dequantize(quantize(weight, QuantConfig(double_quant=False, scale="search")))
     assert back.isfinite().all()
