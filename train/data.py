@@ -1,26 +1,29 @@
-"""From examples to batches: tokens, which of them are learned, what is cut, in which order.
+"""From a data file to what a model learns: tokens, which of them are learned, what is cut, what is held out.
 
-Learned is the response and the end-of-text id behind it, so that the model also learns to stop; a response
-that was cut has no end, and gets none. Padding is known by its place, never by its id: many tokenizers pad
-with the end-of-text id itself.
+Learned is the response and the end-of-text id behind it, so that the model also learns to stop (in ChatML
+that id is the end of a turn). Three limits cut an example, and no end is ever made up:
+
+- `source_max_len` cuts the beginning of the prompt, all that stands before the first response: what is asked,
+  and the cue to answer it, stand at its end. The beginning-of-text id stays.
+- `target_max_len` cuts a response's end; the example ends there, without an end-of-text id, because the
+  response did not end there.
+- `max_len` cuts the end of the whole.
+
+An example without a token to learn is dropped, and counted.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from models.chat import render_chat
 from models.errors import ConfigError, DataError
 from models.tokenizer import Tokenizer
+from train.batches import IGNORED, Tokenized
 from train.formats import Example, read_examples
-
-IGNORED = -100  # a label that the loss leaves out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +43,9 @@ class DataConfig:
     max_len: int | None = None
     """Tokens of an example; what is beyond is cut."""
     source_max_len: int | None = None
-    """Tokens of a plain prompt; its beginning is cut, since its end is nearest to the answer."""
+    """Tokens before the first response; their beginning is cut, since their end is nearest to the answer."""
     target_max_len: int | None = None
-    """Tokens of a plain response; its end is cut."""
+    """Tokens of a response, its end-of-text id included; what is beyond is cut."""
     eval_size: float = 0.1
     """Examples held out: a share below 1, or a number."""
     group_by_length: bool = True
@@ -59,16 +62,8 @@ class DataConfig:
                 raise ValueError(f"{name} is {value}; at least 2 tokens are needed")
         if not self.eval_size >= 0:
             raise ValueError(f"eval_size is {self.eval_size}; it must be 0 or more")
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """One example as the model sees it: ids, and the id or IGNORED at each place."""
-
-    input_ids: list[int]
-    labels: list[int]
-    cut: bool
-    where: str
+        if self.eval_size >= 1 and self.eval_size != int(self.eval_size):
+            raise ValueError(f"eval_size is {self.eval_size}; give a share below 1 or a whole number")
 
 
 @dataclass(frozen=True)
@@ -84,164 +79,171 @@ def load_data(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     """Read, tokenize and split a file; examples without a token to learn are dropped and counted."""
     examples, layout = read_examples(config.path, config.format)
     tokenized = [tokenize(example, tokenizer, config, layout) for example in examples]
-    kept = [t for t in tokenized if any(label != IGNORED for label in t.labels[1:])]
+    kept = [t for t in tokenized if t.label_count]
+    dropped = [t.where for t in tokenized if not t.label_count]
     if not kept:
         raise DataError(
-            f"{tokenized[0].where}: no token to learn is left of this record, nor of the other "
-            f"{len(tokenized) - 1}; raise data.max_len or data.target_max_len"
+            f"data: none of {len(tokenized)} examples has a token to learn after truncation to "
+            f"{limits(config)} (first: {dropped[0]}). Raise data.max_len, or lower data.source_max_len"
         )
     train, held_out = split(kept, config.eval_size, config.seed)
-    dropped = [t.where for t in tokenized if not any(label != IGNORED for label in t.labels[1:])]
-    labels = sum(label != IGNORED for t in kept for label in t.labels)
-    tokens = sum(len(t.input_ids) for t in kept)
-    manifest = {
+    return Dataset(train, held_out, manifest(config, layout, train, held_out, dropped))
+
+
+def limits(config: DataConfig) -> str:
+    names = ("source_max_len", "target_max_len", "max_len")
+    return (
+        ", ".join(f"{n}={getattr(config, n)}" for n in names if getattr(config, n) is not None) or "no limit"
+    )
+
+
+def tokenize(example: Example, tokenizer: Tokenizer, config: DataConfig, layout: str = "") -> Tokenized:
+    """Ids and labels of one example, cut to the configured limits.
+
+    The first token is never learned: nothing stands before it to foretell it from. What stands behind the
+    last token to learn is left out, since nothing is learned from it.
+    """
+    ids, learned = render(example, tokenizer, config, layout)
+    wanted = sum(learned)
+
+    bos = int(tokenizer.adds_bos and ids[:1] == [tokenizer.bos_token_id])
+    over = 0
+    if config.source_max_len is not None:
+        over = max(0, learned.index(True) - bos - config.source_max_len)
+    ids, learned = ids[:bos] + ids[bos + over :], learned[:bos] + learned[bos + over :]
+
+    ends = [len(ids)] if config.max_len is None else [config.max_len]
+    if config.target_max_len is not None:
+        long = [start for start, stop in runs(learned) if stop - start > config.target_max_len]
+        ends += [start + config.target_max_len for start in long[:1]]
+    end = max((place + 1 for place, it in enumerate(learned[: min(ends)]) if it), default=0)
+    ids, learned = ids[:end], learned[:end]
+
+    cut = sum(learned) < wanted
+    if config.train_on_source:
+        learned = [True] * end
+    learned = [False, *learned[1:]][:end]
+    labels = [i if it else IGNORED for i, it in zip(ids, learned, strict=True)]
+    return Tokenized(ids, labels, example.where, example.opening, over > 0, cut)
+
+
+def render(
+    example: Example, tokenizer: Tokenizer, config: DataConfig, layout: str
+) -> tuple[list[int], list[bool]]:
+    """Ids of a whole example, and for each whether it belongs to a response to learn."""
+    if example.prompt is not None and example.response is not None and config.template == "plain":
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "data: this tokenizer has no end-of-text id, so a model could not learn to stop"
+            )
+        # Encoded apart, so that the prompt has the ids that it will have when the model is to answer it.
+        source, target = tokenizer.encode_pair(example.prompt, example.response)
+        if tokenizer.adds_bos and tokenizer.bos_token_id is not None:
+            source = [tokenizer.bos_token_id, *source]
+        target = [*target, tokenizer.eos_token_id]
+        return source + target, [False] * len(source) + [True] * len(target)
+    style = config.chat_style or ("guanaco" if layout == "guanaco" else None)
+    ids, learned = render_chat(tokenizer, list(example.messages), style)
+    if example.last_only:
+        start, _ = runs(learned)[-1]
+        learned = [it and place >= start for place, it in enumerate(learned)]
+    return ids, learned
+
+
+def runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
+    """Where the stretches of true flags start and stop."""
+    edges = [i for i, (a, b) in enumerate(zip([False, *flags], [*flags, False], strict=True)) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def split(examples: Sequence[Tokenized], size: float, seed: int) -> tuple[list[Tokenized], list[Tokenized]]:
+    """Examples to train on and examples held out, both in the file's order; the seed decides which.
+
+    Examples that open alike (one question with several answers, or with its follow-ups) stay together: a
+    model that has learned an answer to a question is no measure of itself on another one. The held-out
+    examples can be fewer than asked for where that leaves no group of the right size.
+    """
+    count = round(size * len(examples)) if size < 1 else int(size)
+    count = max(count, 1) if size else 0
+    if count >= len(examples):
+        raise DataError(
+            f"data: {len(examples)} usable examples cannot give {count} held-out ones; lower data.eval_size"
+        )
+    groups: dict[str, list[int]] = {}
+    for place, example in enumerate(examples):
+        groups.setdefault(example.opening or example.where, []).append(place)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    chosen: set[int] = set()
+    for group in order:
+        if len(chosen) + len(group) <= count:
+            chosen.update(group)
+    if count and not chosen:
+        raise DataError(
+            f"data: no {count} of {len(examples)} examples can be held out, since more than that always open "
+            f"alike ({examples[order[0][0]].where} and others); raise data.eval_size, or set it to 0"
+        )
+    train = [example for place, example in enumerate(examples) if place not in chosen]
+    return train, [examples[place] for place in sorted(chosen)]
+
+
+def manifest(
+    config: DataConfig,
+    layout: str,
+    train: Sequence[Tokenized],
+    held_out: Sequence[Tokenized],
+    dropped: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What became of a data file, for data/manifest.json."""
+    used = [*train, *held_out]
+    tokens, labels = sum(len(e.input_ids) for e in used), sum(e.label_count for e in used)
+    content = Path(config.path).read_bytes()
+    return {
         "file": Path(config.path).name,
-        "sha256": sha256(Path(config.path).read_bytes()).hexdigest(),
+        "sha256": sha256(content).hexdigest(),
+        "bytes": len(content),
         "format": layout,
-        "records": len(examples),
+        "template": config.template,
+        "records": len(used) + len(dropped),
         "dropped": len(dropped),
-        "first_dropped": dropped[:5],
-        "cut": sum(t.cut for t in kept),
+        "first_dropped": list(dropped[:5]),
+        "cut_prompts": sum(e.cut_prompt for e in used),
+        "cut_responses": sum(e.cut_response for e in used),
         "train": len(train),
         "held_out": len(held_out),
         "tokens": tokens,
         "label_tokens": labels,
         "label_share": round(labels / tokens, 4),
+        "longest": max(len(e.input_ids) for e in used),
     }
-    return Dataset(train, held_out, manifest)
 
 
-def tokenize(example: Example, tokenizer: Tokenizer, config: DataConfig, layout: str = "") -> Tokenized:
-    """Ids and labels of one example, cut to the configured limits."""
-    if example.prompt is None or config.template == "chat":
-        ids, trained, cut = chat_tokens(example, tokenizer, config, layout)
-    else:
-        ids, trained, cut = plain_tokens(example, tokenizer, config)
-    if config.max_len is not None and len(ids) > config.max_len:
-        ids, trained, cut = ids[: config.max_len], trained[: config.max_len], True
-    labels = [i if t or config.train_on_source else IGNORED for i, t in zip(ids, trained, strict=True)]
-    return Tokenized(ids, labels, cut, example.where)
-
-
-def plain_tokens(
-    example: Example, tokenizer: Tokenizer, config: DataConfig
-) -> tuple[list[int], list[bool], bool]:
-    """Prompt and response end to end; the tokenizer's beginning-of-text id stays in front of a cut prompt."""
-    assert example.prompt is not None
-    assert example.response is not None
-    source, target = tokenizer.encode_pair(example.prompt, example.response)
-    target = [*target, tokenizer.needed("eos_token_id")]
-    cut = False
-    if config.source_max_len is not None and len(source) > config.source_max_len:
-        source, cut = source[-config.source_max_len :], True
-    if config.target_max_len is not None and len(target) > config.target_max_len:
-        target, cut = target[: config.target_max_len], True
-    if tokenizer.adds_bos:
-        source = [tokenizer.needed("bos_token_id"), *source]
-    return source + target, [False] * len(source) + [True] * len(target), cut
-
-
-def chat_tokens(
-    example: Example, tokenizer: Tokenizer, config: DataConfig, layout: str
-) -> tuple[list[int], list[bool], bool]:
-    """The conversation in the model's form; what the assistant says is learned, with the end of its turn."""
-    if config.source_max_len is not None or config.target_max_len is not None:
-        raise ConfigError(
-            "data: source_max_len and target_max_len are for plain prompts and responses; "
-            "a conversation takes max_len"
-        )
-    style = config.chat_style or ("guanaco" if layout == "guanaco" else None)
-    messages = list(example.messages)
-    ids, trained = render_chat(tokenizer, messages, style)
-    if example.last_only:
-        before, _ = render_chat(tokenizer, messages[:-1], style, add_generation_prompt=True)
-        trained = [t and place >= len(before) for place, t in enumerate(trained)]
-    return ids, trained, False
-
-
-def split(examples: list[Tokenized], size: float, seed: int) -> tuple[list[Tokenized], list[Tokenized]]:
-    """Examples to train on and examples held out, both in the file's order; the seed decides which."""
-    count = round(size * len(examples)) if size < 1 else int(size)
-    if 0 < size < 1:
-        count = max(count, 1)
-    if count >= len(examples):
-        raise DataError(
-            f"data: {len(examples)} usable examples cannot give {count} held-out ones; lower data.eval_size"
-        )
-    chosen = set(random.Random(seed).sample(range(len(examples)), count))
-    train = [e for i, e in enumerate(examples) if i not in chosen]
-    return train, [examples[i] for i in sorted(chosen)]
-
-
-class Batches:
-    """Padded batches in an order that the seed and the epoch's number alone decide."""
-
-    def __init__(
-        self,
-        examples: Sequence[Tokenized],
-        batch_size: int,
-        pad_id: int,
-        seed: int | None = None,
-        group_by_length: bool = False,
-    ) -> None:
-        """Without a seed the order is the file's (or by length), every epoch."""
-        self.examples, self.batch_size, self.pad_id = examples, batch_size, pad_id
-        self.seed, self.group_by_length = seed, group_by_length
-
-    def __len__(self) -> int:
-        return -(-len(self.examples) // self.batch_size)
-
-    def epoch(self, number: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of an epoch, counted from 0."""
-        for rows in self.order(number):
-            yield collate([self.examples[i] for i in rows], self.pad_id)
-
-    def order(self, number: int) -> list[list[int]]:
-        """Which examples each batch of an epoch holds."""
-        order = list(range(len(self.examples)))
-        draw = None if self.seed is None else random.Random(f"{self.seed}/{number}")
-        if draw is not None:
-            draw.shuffle(order)
-        if self.group_by_length:
-            # Sorted in pools of many batches, so that an example's company still changes every epoch.
-            pool = self.batch_size * (50 if draw is not None else len(order) + 1)
-            pools = [order[i : i + pool] for i in range(0, len(order), pool)]
-            order = [i for p in pools for i in sorted(p, key=lambda i: -len(self.examples[i].input_ids))]
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        if self.group_by_length and draw is not None:
-            draw.shuffle(batches)
-        return batches
-
-
-def collate(examples: Sequence[Tokenized], pad_id: int) -> dict[str, Tensor]:
-    """Examples of different length as (B, T) tensors, padded on the right."""
-    width = max(len(e.input_ids) for e in examples)
-    shape = (len(examples), width)
-    ids = torch.full(shape, pad_id)
-    labels = torch.full(shape, IGNORED)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for row, example in enumerate(examples):
-        n = len(example.input_ids)
-        ids[row, :n] = torch.tensor(example.input_ids)
-        labels[row, :n] = torch.tensor(example.labels)
-        mask[row, :n] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def padding_id(tokenizer: Tokenizer) -> int:
+    """The id to pad with. Where there is none any will do, since padding is masked and never learned."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None)
 
 
 def preview(examples: Sequence[Tokenized], tokenizer: Tokenizer, count: int = 3) -> str:
     """The first examples as training sees them: [[what is learned]] in double brackets, ids as text."""
-    return "\n\n".join(f"--- {e.where}\n{marked(e, tokenizer)}" for e in examples[:count])
+    return "\n\n".join(f"{headline(e)}\n{marked(e, tokenizer)}" for e in examples[:count])
+
+
+def headline(example: Tokenized) -> str:
+    cuts = (["prompt cut"] if example.cut_prompt else []) + (["response cut"] if example.cut_response else [])
+    size = f"{len(example.input_ids)} tokens, {example.label_count} learned"
+    return f"--- {', '.join([example.where, size, *cuts])}"
 
 
 def marked(example: Tokenized, tokenizer: Tokenizer) -> str:
-    text, run, learned = "", list[int](), False
-    for i, label in zip(example.input_ids, example.labels, strict=True):
-        if (label != IGNORED) != learned:
-            text, run, learned = text + bracketed(run, learned, tokenizer), [], not learned
-        run.append(i)
-    return text + bracketed(run, learned, tokenizer)
+    """An example's text. Each stretch is decoded for itself, so that a bracket stands between tokens."""
+    text, done = "", 0
+    for start, stop in runs([label != IGNORED for label in example.labels]):
+        before, learned = example.input_ids[done:start], example.input_ids[start:stop]
+        text += f"{shown(before, tokenizer)}[[{shown(learned, tokenizer)}]]"
+        done = stop
+    return text + shown(example.input_ids[done:], tokenizer)
 
 
-def bracketed(ids: list[int], learned: bool, tokenizer: Tokenizer) -> str:
-    text = tokenizer.decode(ids, skip_special=False)
-    return f"[[{text}]]" if learned else text
+def shown(ids: list[int], tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(ids, skip_special=False)

@@ -1,22 +1,23 @@
-"""Instruction data as people have it: files of records in one of several layouts, read into one form.
+"""Instruction data as people have it: records in one of several layouts, read into one form.
 
 Every record becomes a conversation; layouts that join a prompt and a response as plain text keep that form
-too. The layout is found from the keys of the first record, unless it is named. What does not fit is
-refused with file and line, the first few together: a dataset that is silently half empty costs a run.
+too. The layout is found from the keys of the first record, unless it is named, and the others must have it
+as well. What does not fit is refused with file and line, the first few together: a dataset that is silently
+half empty costs a run.
 """
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from models.errors import ConfigError, DataError
+from train.records import Record, kind, records
 
 Message = dict[str, str]
-Record = dict[str, Any]
+
+SHOWN = 5  # problems that a refusal lists; it gives the number of the others
 
 
 @dataclass(frozen=True)
@@ -34,118 +35,89 @@ class Example:
     where: str = ""
     """File and line, for messages."""
 
+    @property
+    def opening(self) -> str:
+        """What the conversation begins with, up to its first answer."""
+        asked = (m["content"] for m in self.messages[: self.first_answer])
+        return "\n".join(asked)
+
+    @property
+    def first_answer(self) -> int:
+        return [m["role"] for m in self.messages].index("assistant")
+
 
 @dataclass(frozen=True)
 class Format:
-    """A layout: the keys that tell it, what it looks like, and how a record becomes an Example."""
+    """A layout: the keys that tell it, and how a record that has them becomes an Example."""
 
-    keys: frozenset[str]
-    shape: str
+    keys: tuple[tuple[str, ...], ...]
+    """Sets of keys; a record has this layout if it has all of one of them."""
     read: Callable[[Record], Example]
+    shape: str
+    """What a record looks like, for people."""
 
 
 def read_examples(path: str | Path, format: str | None = None) -> tuple[list[Example], str]:
     """All examples of a file (JSON, JSONL, CSV or TSV), and the name of their layout."""
     path = Path(path)
     if format is not None and format not in FORMATS:
-        raise ConfigError(f"data: format {format!r} is not known; give one of {', '.join(FORMATS)}")
-    examples, problems = [], []
+        near = get_close_matches(format, FORMATS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"data: format {format!r} is not known; give one of {', '.join(FORMATS)}.{hint}")
+    examples, problems, total = [], [], 0
     for where, record in records(path):
-        if isinstance(record, str):
-            problems.append(f"{where}: {record}")
-            continue
+        total += 1
         try:
+            if isinstance(record, str):
+                raise ValueError(record)
             if format is None:
                 format = detect(record)
-            row = FORMATS[format]
-            lacking = sorted(row.keys - record.keys())
-            if lacking:
-                raise ValueError(f"lacks {', '.join(lacking)}, which {format} records have ({row.shape})")
-            examples.append(replace(row.read(record), where=where))
+            elif not fits(record, FORMATS[format]):
+                raise ValueError(misfit(record, [format]))
+            examples.append(replace(FORMATS[format].read(record), where=where))
         except ValueError as error:
             problems.append(f"{where}: {error}")
+    if len(problems) == 1:
+        raise DataError(f"data: {problems[0]}")
     if problems:
-        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        listed = "\n  ".join(problems[:5]) + more
-        raise DataError(listed if len(problems) == 1 else f"data: {len(problems)} bad records\n  {listed}")
+        first = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise DataError(f"data: {len(problems)} of {total} records in {path} cannot be used:{first}{more}")
     if not examples or format is None:
-        raise DataError(f"{path}: is empty; at least one record is needed")
+        raise DataError(f"data: {path} is empty; at least one record is needed")
     return examples, format
 
 
 def detect(record: Record) -> str:
     """The layout whose keys a record has."""
-    for name, row in FORMATS.items():
-        if row.keys <= record.keys():
+    for name, layout in FORMATS.items():
+        if fits(record, layout):
             return name
-    shapes = "; ".join(f"{name}: {row.shape}" for name, row in FORMATS.items())
-    found = ", ".join(map(str, record)) or "no key"
-    raise ValueError(f"found {found}, which is no known layout. Known are {shapes}. Rename the keys")
+    raise ValueError(misfit(record, list(FORMATS)))
 
 
-# Files to records
+def fits(record: Record, layout: Format) -> bool:
+    return any(set(keys) <= record.keys() for keys in layout.keys)
 
 
-def records(path: Path) -> Iterator[tuple[str, Record | str]]:
-    """Every record with its place in the file; in place of one that cannot be read, the reason."""
-    text = decoded(path)
-    if path.suffix.lower() in (".csv", ".tsv"):
-        dialect = "excel-tab" if path.suffix.lower() == ".tsv" else "excel"
-        table = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect)
-        for row in table:
-            extra = None in row or None in row.values()
-            yield f"{path}:{table.line_num}", "has another number of fields than the header" if extra else row
-    elif text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path}: not JSON ({error}); the file may be cut off") from error
-        for number, item in enumerate(items, 1):
-            yield f"{path}: record {number}", item if isinstance(item, dict) else not_an_object(item)
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path}:{number}", parsed(line)
-
-
-def decoded(path: Path) -> str:
-    """A file's text, a byte-order mark aside; bytes that are not UTF-8 are refused with their line."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: is not UTF-8 text; convert the file, for example with iconv") from error
-    return text.replace("\r\n", "\n")
-
-
-def parsed(line: str) -> Record | str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"is not JSON ({error}); one record a line is expected, and the last may be cut off"
-    return value if isinstance(value, dict) else not_an_object(value)
-
-
-def not_an_object(value: Any) -> str:
-    return f"is a {type(value).__name__}; a record is an object with named fields"
-
-
-# Layouts
+def misfit(record: Record, names: list[str]) -> str:
+    known = [f"{'+'.join(keys)} ({name})" for name in names for keys in FORMATS[name].keys]
+    found = [key if len(key) <= 40 else f"{key[:37]}..." for key in record]
+    listed = ", ".join(found[:10]) + (", ..." if len(found) > 10 else "")
+    return f"expected keys {' or '.join(known)}; found {listed or 'none'}. Rename the keys in the file"
 
 
 def text_of(record: Record, key: str, needed: bool = True) -> str:
-    """A field's text; null and absent are empty, which only an optional field may be."""
+    """A field's text; only one that is not needed may be absent, null or blank."""
     value = record.get(key)
-    if value is None:
-        value = ""
+    if value is None and not needed:
+        return ""
+    if key not in record:
+        raise ValueError(f"{key} is missing")
     if not isinstance(value, str):
-        raise ValueError(f"{key} is a {type(value).__name__}; text is needed")
+        raise ValueError(f"{key} is {kind(value)}; text is needed")
     if needed and not value.strip():
-        raise ValueError(f"{key} is empty; there is nothing to learn from this record")
+        raise ValueError(f"{key} is empty; write one or remove the record")
     return value
 
 
@@ -173,61 +145,46 @@ def read_alpaca(record: Record) -> Example:
     return exchange(asked, output, prompt, "\n" + output)
 
 
-def pair(prompt_key: str, response_key: str) -> Callable[[Record], Example]:
-    """Prompt and response as they are, with a space between if neither brings one.
+PAIRS = (("prompt", "completion"), ("input", "output"), ("inputs", "targets"), ("source", "target"))
+
+
+def read_pair(record: Record) -> Example:
+    """Prompt and response as they are, with a space between if neither brings one; the prompt may be empty.
 
     A prompt in Guanaco's form, as in OASST1's question files, is also a conversation with its history.
     """
-
-    def read(record: Record) -> Example:
-        prompt, response = text_of(record, prompt_key), text_of(record, response_key)
-        joined = response if prompt[-1:].isspace() or response[:1].isspace() else f" {response}"
-        if "### Human:" not in prompt:
-            return exchange(prompt.strip(), response.strip(), prompt, joined)
+    prompt_key, response_key = next(keys for keys in PAIRS if set(keys) <= record.keys())
+    if record[prompt_key] is None:
+        raise ValueError(f"{prompt_key} is null; text is needed")
+    prompt, response = text_of(record, prompt_key, needed=False), text_of(record, response_key)
+    apart = not prompt or prompt[-1].isspace() or response[0].isspace()
+    joined = response if apart else f" {response}"
+    if "### Human:" in prompt and prompt.rstrip().endswith("### Assistant:"):
         history = turns(prompt.rstrip().removesuffix("### Assistant:"))
         messages = (*history, {"role": "assistant", "content": response.strip()})
         return Example(messages, prompt, joined, last_only=True)
-
-    return read
+    return exchange(prompt.strip(), response.strip(), prompt, joined)
 
 
 def read_guanaco(record: Record) -> Example:
     """`### Human: ...### Assistant: ...`, for as many turns as there are; every answer is learned."""
-    return conversation(turns(text_of(record, "text")))
-
-
-def turns(text: str) -> list[Message]:
-    """The messages of a text in Guanaco's form."""
-    start, *parts = text.split("### ")
-    messages = [{"role": "system", "content": start.strip()}] if start.strip() else []
-    for part in parts:
-        name, colon, content = part.partition(":")
-        if colon and name in GUANACO_ROLES:
-            messages.append({"role": GUANACO_ROLES[name], "content": content})
-        elif messages:
-            messages[-1]["content"] += f"### {part}"  # a heading inside a message
-        else:
-            raise ValueError("the text does not begin with '### Human:'")
-    return [{**message, "content": message["content"].strip()} for message in messages]
-
-
-def read_messages(record: Record) -> Example:
-    """Chat messages: {"role", "content"}, or ShareGPT's {"from", "value"}."""
-    key = "messages" if "messages" in record else "conversations"
-    given = record[key]
-    if not isinstance(given, list) or not all(isinstance(turn, dict) for turn in given):
-        raise ValueError(f"{key} is not a list of turns")
-    messages = []
-    for number, turn in enumerate(given, 1):
-        role = turn.get("role", turn.get("from"))
-        if role not in CHAT_ROLES:
-            raise ValueError(f"{key}: turn {number} is by {role!r}; known are {', '.join(CHAT_ROLES)}")
-        content = text_of(turn, "content" if "content" in turn else "value")
-        messages.append({"role": CHAT_ROLES[role], "content": content})
-    return conversation(messages)
+    return conversation("text", turns(text_of(record, "text")))
 
 
 GUANACO_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def turns(text: str) -> list[Message]:
+    """The messages of a text in Guanaco's form; what stands before the first mark is the system's."""
+    start, *rest = re.split(r"### (Human|Assistant):", text)
+    if not rest:
+        raise ValueError("text has no '### Human:' and '### Assistant:', which the guanaco format needs")
+    messages = [{"role": "system", "content": start.strip()}] if start.strip() else []
+    for name, content in zip(rest[::2], rest[1::2], strict=True):
+        messages.append({"role": GUANACO_ROLES[name], "content": content.strip()})
+    return messages
+
+
 CHAT_ROLES = {
     "system": "system",
     "user": "user",
@@ -236,22 +193,36 @@ CHAT_ROLES = {
     "gpt": "assistant",
 }
 
+
+def read_chat(record: Record) -> Example:
+    """Chat messages: {"role", "content"}, or ShareGPT's {"from", "value"}; every answer is learned."""
+    key = "messages" if "messages" in record else "conversations"
+    given = record[key]
+    if not isinstance(given, list):
+        raise ValueError(f"{key} is {kind(given)}; a list of turns is needed")
+    messages = []
+    for number, turn in enumerate(given, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(f"{key}: turn {number} is {kind(turn)}, not an object")
+        role = turn.get("role", turn.get("from"))
+        if not isinstance(role, str) or role not in CHAT_ROLES:
+            raise ValueError(f"{key}: turn {number} is by {role!r}; known are {', '.join(CHAT_ROLES)}")
+        try:
+            content = text_of(turn, "value" if "value" in turn and "content" not in turn else "content")
+        except ValueError as error:
+            raise ValueError(f"{key}: turn {number}: {error}") from None
+        messages.append({"role": CHAT_ROLES[role], "content": content})
+    return conversation(key, messages)
+
+
+# A new layout is a reader and a row. The first row that fits decides, so the more telling keys come first.
 FORMATS = {
-    "chat": Format(frozenset({"messages"}), '{"messages": [{"role", "content"}]}', read_messages),
-    "sharegpt": Format(frozenset({"conversations"}), '{"conversations": [{"from", "value"}]}', read_messages),
-    "alpaca": Format(
-        frozenset({"instruction", "output"}), '{"instruction", "input", "output"}', read_alpaca
+    "chat": Format(
+        (("messages",), ("conversations",)), read_chat, '{"messages": [{"role", "content"}, ...]}'
     ),
-    "prompt-completion": Format(
-        frozenset({"prompt", "completion"}), '{"prompt", "completion"}', pair("prompt", "completion")
-    ),
-    "input-output": Format(frozenset({"input", "output"}), '{"input", "output"}', pair("input", "output")),
-    "inputs-targets": Format(
-        frozenset({"inputs", "targets"}), '{"inputs", "targets"}', pair("inputs", "targets")
-    ),
-    "guanaco": Format(
-        frozenset({"text"}), '{"text": "### Human: ...### Assistant: ..."}', read_guanaco
-    ),
+    "alpaca": Format((("instruction", "output"),), read_alpaca, '{"instruction", "input", "output"}'),
+    "prompt-completion": Format(PAIRS, read_pair, '{"prompt", "completion"}'),
+    "guanaco": Format((("text",),), read_guanaco, '{"text": "### Human: ...### Assistant: ..."}'),
 }
 
 
@@ -260,7 +231,12 @@ def exchange(asked: str, answered: str, prompt: str, response: str) -> Example:
     return Example(messages, prompt, response)
 
 
-def conversation(messages: list[Message]) -> Example:
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise ValueError("has no response by the assistant; there is nothing to learn from this record")
+def conversation(key: str, messages: list[Message]) -> Example:
+    """An example of which every answer is learned, and so none may be empty."""
+    answers = [(n, m) for n, m in enumerate(messages, 1) if m["role"] == "assistant"]
+    if not answers:
+        raise ValueError(f"{key} has no response by the assistant; there is nothing to learn from it")
+    for number, message in answers:
+        if not message["content"].strip():
+            raise ValueError(f"{key}: the response in turn {number} is empty; write one or remove the record")
     return Example(tuple(messages))

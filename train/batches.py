@@ -1,0 +1,105 @@
+"""Tokenized examples put together: padded batches, in an order that a seed and an epoch's number decide.
+
+The order never asks the global random generator, so that a run resumed at any batch, or one that evaluates
+more often, sees the same batches. Padding is known by its place, never by its id: many tokenizers pad with
+the end-of-text id itself, and a model that never learns that id never stops.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+IGNORED = -100  # a label that the loss leaves out
+POOL = 50  # batches that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """One example as the model sees it."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """At each place its own id, to be learned, or IGNORED; the model shifts them."""
+    where: str
+    """File and line that it came from."""
+    opening: str = ""
+    """What it begins with; examples that begin alike are held out together."""
+    cut_prompt: bool = False
+    cut_response: bool = False
+    """Whether the response lost its end, and with it the end-of-text id."""
+
+    @property
+    def label_count(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+class Counts(NamedTuple):
+    """What a batch holds: tokens without padding, and those of them that are learned."""
+
+    tokens: int
+    labels: int
+
+
+class Batches:
+    """Padded batches of a fixed number of examples; the last one of an epoch may be smaller."""
+
+    def __init__(
+        self,
+        examples: Sequence[Tokenized],
+        batch_size: int,
+        pad_id: int,
+        seed: int | None = None,
+        group_by_length: bool = False,
+    ) -> None:
+        """Without a seed the order is the file's (or by length), every epoch."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.examples, self.batch_size, self.pad_id = examples, batch_size, pad_id
+        self.seed, self.group_by_length = seed, group_by_length
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The batches of an epoch, counted from 0; from the batch `start` on without making those before."""
+        for rows in self.order(number)[start:]:
+            yield collate([self.examples[i] for i in rows], self.pad_id)
+
+    def order(self, number: int) -> list[list[int]]:
+        """Which examples each batch of an epoch holds: every example once."""
+        order = list(range(len(self.examples)))
+        draw = None if self.seed is None else random.Random(f"{self.seed}/{number}")
+        if draw is not None:
+            draw.shuffle(order)
+        if self.group_by_length:
+            # Sorted in pools of some batches, so that an example's company still changes every epoch.
+            pool = max(1, len(order)) if draw is None else POOL * self.batch_size
+            pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+            order = [i for p in pools for i in sorted(p, key=lambda i: -len(self.examples[i].input_ids))]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        if self.group_by_length and draw is not None:
+            draw.shuffle(batches)
+        return batches
+
+
+def collate(examples: Sequence[Tokenized], pad_id: int) -> dict[str, Int[Tensor, "B T"]]:
+    """Examples of different length as one batch, padded on the right; its keys are what model.loss takes."""
+    B, T = len(examples), max(len(e.input_ids) for e in examples)
+    ids, labels = torch.full((B, T), pad_id), torch.full((B, T), IGNORED)
+    mask = torch.zeros((B, T), dtype=torch.long)
+    for row, example in enumerate(examples):
+        n = len(example.input_ids)
+        ids[row, :n] = torch.tensor(example.input_ids)
+        labels[row, :n] = torch.tensor(example.labels)
+        mask[row, :n] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def counts(batch: Mapping[str, Tensor]) -> Counts:
+    """Tokens and learned tokens of a batch."""
+    return Counts(int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORED).sum()))
