@@ -93,27 +93,22 @@ def json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
 def table(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     """The rows of a CSV or TSV file by its header's names; a row has the line that it begins on."""
     csv.field_size_limit(2**31 - 1)  # its default would refuse a text of more than 128 KiB
-    dialect = "excel-tab" if path.suffix.lower() == ".tsv" else "excel"
+    dialect, name = ("excel-tab", "TSV") if path.suffix.lower() == ".tsv" else ("excel", "CSV")
     rows = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect, strict=True)
+    line = 1
     while True:
-        line = rows.line_num + 1
         try:
+            width = len(rows.fieldnames or ())
+            line = rows.line_num + 1
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(
-                f"data: {path}:{rows.line_num}: is not {dialect_name(dialect)} ({error})"
-            ) from error
-        width = len(rows.fieldnames or ())
+            raise DataError(f"data: {path}:{line}: is not {name} ({error})") from error
         if None in row or None in row.values():
-            yield max(line, 2), ValueError(f"has another number of fields than the header, which has {width}")
+            yield line, ValueError(f"has another number of fields than the header, which has {width}")
         else:
-            yield max(line, 2), row
-
-
-def dialect_name(dialect: str) -> str:
-    return "TSV" if dialect == "excel-tab" else "CSV"
+            yield line, row
 
 
 def reason(error: Exception) -> str:

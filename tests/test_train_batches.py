@@ -1,0 +1,98 @@
+"""The order of batches: every example once an epoch, decided by seed and epoch alone, from any place on."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.batches import IGNORED, Batches, Tokenized, counts
+
+
+@st.composite
+def datasets(draw):
+    sizes = draw(st.lists(st.integers(2, 9), min_size=1, max_size=30))
+    return [
+        Tokenized([n + 1] * size, [IGNORED] + [n + 1] * (size - 1), f"f:{n}") for n, size in enumerate(sizes)
+    ]
+
+
+orders = st.fixed_dictionaries(
+    {
+        "batch_size": st.integers(1, 7),
+        "seed": st.none() | st.integers(0, 2**32),
+        "group_by_length": st.booleans(),
+    }
+)
+
+
+@given(examples=datasets(), order=orders, epoch=st.integers(0, 3))
+def test_an_epoch_has_every_example_once_in_batches_of_a_fixed_size(examples, order, epoch):
+    batches = Batches(examples, pad_id=0, **order)
+    rows = batches.order(epoch)
+    assert sorted(i for row in rows for i in row) == list(range(len(examples)))
+    assert len(rows) == len(batches)
+    assert sum(len(row) != order["batch_size"] for row in rows) <= 1
+
+
+@given(examples=datasets(), order=orders, epoch=st.integers(0, 3))
+def test_the_order_asks_and_moves_no_global_random_state(examples, order, epoch):
+    torch.manual_seed(1)
+    random.seed(1)
+    before, python_before = torch.get_rng_state(), random.getstate()
+    first = Batches(examples, pad_id=0, **order).order(epoch)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == python_before
+    torch.manual_seed(2)
+    random.seed(2)
+    again = Batches(examples, pad_id=0, **order)
+    again.order(epoch + 1)  # epochs can be asked for in any order
+    assert again.order(epoch) == first
+
+
+@given(examples=datasets(), order=orders, start=st.integers(0, 35))
+def test_starting_at_a_batch_equals_skipping_those_before(examples, order, start):
+    batches = Batches(examples, pad_id=0, **order)
+    skipped, started = list(batches.epoch(2))[start:], list(batches.epoch(2, start))
+    assert len(skipped) == len(started)
+    for a, b in zip(skipped, started, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@given(examples=datasets(), order=orders)
+def test_counts_are_those_of_the_examples_not_of_the_padding(examples, order):
+    total = [counts(batch) for batch in Batches(examples, pad_id=1, **order).epoch(0)]
+    assert sum(c.tokens for c in total) == sum(len(e.input_ids) for e in examples)
+    assert sum(c.labels for c in total) == sum(e.label_count for e in examples)
+
+
+def test_seeds_and_epochs_change_the_order_and_no_seed_keeps_the_files():
+    examples = [Tokenized([1, 1], [IGNORED, 1], "") for _ in range(50)]
+    shuffled = [Batches(examples, 5, 0, seed).order(epoch) for seed in (1, 2) for epoch in (0, 1)]
+    assert len({str(order) for order in shuffled}) == 4
+    assert Batches(examples, 50, 0).order(3) == [list(range(50))]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_grouping_by_length_saves_padding(seed):
+    draw = random.Random(0)
+    examples = [Tokenized([1] * n, [1] * n, "") for n in (draw.randint(2, 100) for _ in range(400))]
+    padded = [
+        sum(b["input_ids"].numel() for b in Batches(examples, 8, 0, seed, group_by_length=grouped).epoch(0))
+        for grouped in (False, True)
+    ]
+    real = sum(len(e.input_ids) for e in examples)
+    assert padded[1] - real < (padded[0] - real) / 10
+
+
+def test_grouped_batches_still_mix_differently_every_epoch():
+    examples = [Tokenized([1] * (n % 10 + 2), [1] * (n % 10 + 2), "") for n in range(600)]
+    batches = Batches(examples, 4, 0, 5, group_by_length=True)
+    first, second = ({frozenset(row) for row in batches.order(epoch)} for epoch in (0, 1))
+    assert len(first & second) < len(first) / 10
+
+
+def test_an_impossible_batch_size_is_refused():
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        Batches([], 0, 0)

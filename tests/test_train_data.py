@@ -1,0 +1,362 @@
+"""Tokens, masks, limits and the split: what is learned of an example, and what never is."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.errors import ConfigError, DataError
+from models.tokenizer import Tokenizer
+from train.batches import IGNORED, Tokenized, collate
+from train.data import DataConfig, load_data, padding_id, preview, split, tokenize
+from train.formats import FORMATS, Example, read_examples
+
+BOS, EOS, START, END = 256, 257, 258, 259
+DEMO = Path(__file__).parent.parent / "train" / "demo_data" / "oasst1_english.jsonl"
+
+
+class ByteVocabulary:
+    """Every byte is a token."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids, names):
+        return b"".join(names[i].encode() if i in names else bytes([i]) for i in ids).decode(
+            "utf-8", "replace"
+        )
+
+
+def byte_tokenizer(*, chatml=False, adds_bos=False, pad=None, eos=EOS):
+    special = {"<s>": BOS, "</s>": EOS} | ({"<|im_start|>": START, "<|im_end|>": END} if chatml else {})
+    roles = {"bos": BOS, "eos": eos, "pad": pad, "unk": None}
+    return Tokenizer(ByteVocabulary(), 256, special, roles, adds_bos=adds_bos, chat_template=None, files={})
+
+
+PLAIN, LLAMA, CHATML = byte_tokenizer(), byte_tokenizer(adds_bos=True), byte_tokenizer(chatml=True, pad=EOS)
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+answers = texts.filter(str.strip)
+tokenizers = st.sampled_from([PLAIN, LLAMA, CHATML])
+lengths = st.none() | st.integers(2, 60)
+
+
+def configs(**changes):
+    return DataConfig(**{"path": "x", **changes})
+
+
+def pair(prompt, completion):
+    return FORMATS["prompt-completion"].read({"prompt": prompt, "completion": completion})
+
+
+def alpaca(instruction, given, output):
+    return FORMATS["alpaca"].read({"instruction": instruction, "input": given, "output": output})
+
+
+def chat(*turns):
+    roles = ["user", "assistant"] * len(turns)
+    messages = [{"role": r, "content": c} for r, c in zip(roles, turns, strict=False)]
+    return FORMATS["chat"].read({"messages": messages})
+
+
+examples = st.one_of(
+    st.builds(pair, texts, answers),
+    st.builds(alpaca, answers, texts, answers),
+    st.lists(st.tuples(texts, answers), min_size=1, max_size=3).map(
+        lambda t: chat(*(c for p in t for c in p))
+    ),
+)
+any_config = st.builds(
+    configs,
+    template=st.sampled_from(["plain", "chat"]),
+    max_len=lengths,
+    source_max_len=lengths,
+    target_max_len=lengths,
+    train_on_source=st.booleans(),
+)
+
+
+def learned_text(tokenized, tokenizer):
+    ids = [label for label in tokenized.labels if label != IGNORED]
+    return tokenizer.decode(ids, skip_special=False)
+
+
+@given(example=examples, tokenizer=tokenizers, config=any_config)
+def test_a_label_is_ignored_or_the_id_at_its_place_and_the_first_is_ignored(example, tokenizer, config):
+    result = tokenize(example, tokenizer, config)
+    assert len(result.labels) == len(result.input_ids)
+    assert all(label in (IGNORED, i) for label, i in zip(result.labels, result.input_ids, strict=True))
+    assert result.labels[:1] in ([], [IGNORED])
+    assert result.label_count == sum(label != IGNORED for label in result.labels)
+
+
+@given(prompt=answers, completion=answers, tokenizer=st.sampled_from([PLAIN, LLAMA]))
+def test_of_a_pair_the_response_and_its_end_are_learned(prompt, completion, tokenizer):
+    result = tokenize(pair(prompt, completion), tokenizer, configs())
+    apart = prompt[-1].isspace() or completion[0].isspace()
+    assert learned_text(result, tokenizer) == ("" if apart else " ") + completion + "</s>"
+    everything = tokenizer.decode(result.input_ids, skip_special=False)
+    assert everything == ("<s>" if tokenizer is LLAMA else "") + prompt + learned_text(result, tokenizer)
+    assert result.labels[-1] == EOS
+
+
+@given(instruction=answers, given=texts, output=answers)
+def test_of_alpaca_the_output_and_its_end_are_learned(instruction, given, output):
+    result = tokenize(alpaca(instruction, given, output), PLAIN, configs())
+    assert learned_text(result, PLAIN) == f"\n{output}</s>"
+
+
+@given(turns=st.lists(st.tuples(texts, answers), min_size=1, max_size=4))
+def test_of_a_chat_every_answer_and_its_end_are_learned(turns):
+    result = tokenize(chat(*(c for turn in turns for c in turn)), CHATML, configs())
+    assert learned_text(result, CHATML) == "".join(f"{a}<|im_end|>" for _, a in turns)
+    assert result.labels[-1] == END
+
+
+@given(question=answers, answer=answers, asked=answers, answered=answers)
+def test_of_a_conversation_before_a_question_nothing_is_learned(question, answer, asked, answered):
+    history = f"### Human: {question.replace('#', '')}### Assistant: {answer.replace('#', '')}"
+    example = pair(f"{history}### Human: {asked.replace('#', '')} ### Assistant:", answered)
+    result = tokenize(example, CHATML, configs(template="chat"))
+    assert learned_text(result, CHATML) == f"{answered.strip()}<|im_end|>"
+
+
+def test_guanaco_records_keep_their_form_and_end_every_answer():
+    example = FORMATS["guanaco"].read(
+        {"text": "### Human: Hi### Assistant: Hello### Human: Bye### Assistant: So long"}
+    )
+    result = tokenize(example, CHATML, configs(), "guanaco")  # not the tokenizer's own form
+    text = CHATML.decode(result.input_ids, skip_special=False)
+    assert text == "### Human: Hi### Assistant: Hello</s>### Human: Bye### Assistant: So long</s>"
+    assert learned_text(result, CHATML) == " Hello</s> So long</s>"
+
+
+@given(example=examples, tokenizer=tokenizers, template=st.sampled_from(["plain", "chat"]))
+def test_training_on_the_source_learns_all_but_the_first_token(example, tokenizer, template):
+    whole = tokenize(example, tokenizer, configs(train_on_source=True, template=template))
+    assert whole.labels == [IGNORED, *whole.input_ids[1:]]
+    assert whole.input_ids == tokenize(example, tokenizer, configs(template=template)).input_ids
+
+
+@given(example=examples, tokenizer=tokenizers, config=any_config)
+def test_limits_hold(example, tokenizer, config):
+    result = tokenize(example, tokenizer, config)
+    assert len(result.input_ids) <= (config.max_len or 10**9)
+    whole = tokenize(example, tokenizer, configs(template=config.template))
+    if result.label_count and not config.train_on_source:
+        first = next(i for i, label in enumerate(result.labels) if label != IGNORED)
+        assert first <= (config.source_max_len or 10**9) + 1  # the beginning-of-text id stays
+        assert result.label_count <= whole.label_count
+    if not (result.cut_prompt or result.cut_response):
+        assert result.input_ids == whole.input_ids
+
+
+@given(prompt=answers, completion=answers, limit=st.integers(2, 40))
+def test_a_cut_response_has_no_made_up_end_and_a_whole_one_keeps_its_own(prompt, completion, limit):
+    result = tokenize(pair(prompt, completion), PLAIN, configs(target_max_len=limit))
+    whole = tokenize(pair(prompt, completion), PLAIN, configs())
+    assert result.cut_response == (whole.label_count > limit)
+    assert result.label_count == min(limit, whole.label_count)
+    assert (result.labels[-1] == EOS) == (not result.cut_response)
+    assert whole.input_ids[: len(result.input_ids)] == result.input_ids
+
+
+def test_a_long_prompt_keeps_its_end_and_the_beginning_of_text_id():
+    result = tokenize(pair("a long question?", "Yes."), LLAMA, configs(source_max_len=9))
+    assert (
+        LLAMA.decode(result.input_ids, skip_special=False)
+        == "<s>question? Yes.</s>"[:3] + "question? Yes.</s>"
+    )
+    assert result.cut_prompt
+    assert not result.cut_response
+
+
+def test_a_chat_ends_where_a_response_is_cut():
+    result = tokenize(chat("a", "bb", "c", "too long", "d", "e"), CHATML, configs(target_max_len=3))
+    assert learned_text(result, CHATML) == "bb<|im_end|>too"
+    assert CHATML.decode(result.input_ids, skip_special=False).endswith("assistant\ntoo")
+
+
+def test_a_trailing_question_is_left_out():
+    result = tokenize(chat("a", "b", "c"), CHATML, configs())
+    assert CHATML.decode(result.input_ids, skip_special=False).endswith("b<|im_end|>")
+
+
+@given(example=examples, pad=st.sampled_from([EOS, END, 0, 65]))
+def test_padding_is_never_learned_though_its_id_is_one_that_is(example, pad):
+    result = tokenize(example, CHATML, configs())
+    longer = Tokenized([*result.input_ids, 1, 2], [*result.labels, IGNORED, IGNORED], "")
+    batch = collate([result, longer], pad)
+    n = len(result.input_ids)
+    assert batch["labels"][0].tolist() == [*result.labels, IGNORED, IGNORED]
+    assert batch["input_ids"][0].tolist() == [*result.input_ids, pad, pad]
+    assert batch["attention_mask"].tolist() == [[1] * n + [0, 0], [1] * (n + 2)]
+    assert batch["labels"][0, n - 1] in (EOS, END)
+
+
+def test_padding_falls_back_to_the_end_of_text_id_and_then_to_0():
+    assert padding_id(byte_tokenizer(pad=7)) == 7
+    assert padding_id(byte_tokenizer(pad=0)) == 0
+    assert padding_id(byte_tokenizer()) == EOS
+    assert padding_id(byte_tokenizer(eos=None)) == 0
+
+
+# Splitting
+
+
+def rows(*openings):
+    return [Tokenized([1, 2], [IGNORED, 2], f"f:{n}", o) for n, o in enumerate(openings)]
+
+
+@given(openings=st.lists(st.integers(0, 9).map(str), min_size=2, max_size=40), seed=st.integers(0, 99))
+def test_a_split_parts_the_examples_and_keeps_those_that_open_alike_together(openings, seed):
+    given_rows = rows(*openings)
+    if len(set(openings)) == 1:
+        return
+    biggest = max(openings.count(o) for o in openings)
+    if biggest >= len(openings):
+        return
+    train, held_out = split(given_rows, biggest, seed)
+    assert sorted(e.where for e in train + held_out) == sorted(e.where for e in given_rows)
+    assert 0 < len(held_out) <= biggest
+    assert not {e.opening for e in train} & {e.opening for e in held_out}
+    assert [e for e in given_rows if e in train] == train  # in the file's order
+    assert split(given_rows, biggest, seed) == (train, held_out)
+
+
+def test_a_split_of_different_openings_has_exactly_the_size_asked_for():
+    given_rows = rows(*map(str, range(50)))
+    for size, count in ((0, 0), (1, 1), (7, 7), (0.1, 5), (0.001, 1), (49, 49)):
+        assert len(split(given_rows, size, 1)[1]) == count
+    assert split(given_rows, 7, 1) != split(given_rows, 7, 2)
+
+
+def test_examples_without_an_opening_are_each_their_own():
+    assert len(split(rows("", "", "", ""), 2, 0)[1]) == 2
+
+
+def test_a_split_that_cannot_be_made_is_refused():
+    with pytest.raises(
+        DataError, match=r"4 usable examples cannot give 4 held-out ones; lower data.eval_size"
+    ):
+        split(rows("a", "b", "c", "d"), 4, 0)
+    with pytest.raises(DataError, match=r"no 1 of 4 .* open alike \(f:0 and others\)"):
+        split(rows("a", "a", "a", "a"), 1, 0)
+
+
+# Files
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "my.jsonl"
+    records = [{"prompt": f"Say {n}:", "completion": "x" * (n + 1)} for n in range(20)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def test_a_dataset_says_what_became_of_its_file(file):
+    import hashlib
+
+    data = load_data(configs(path=str(file), max_len=12, eval_size=5), PLAIN)
+    assert (
+        {k: v for k, v in data.manifest.items() if k != "label_share"}
+        == {
+            "file": "my.jsonl",
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "bytes": file.stat().st_size,
+            "format": "prompt-completion",
+            "template": "plain",
+            "records": 20,
+            "dropped": 0,
+            "first_dropped": [],
+            "cut_prompts": 0,
+            "cut_responses": 16,  # 6 tokens up to 9, 7 from 10 on, the space, n + 1 of x and the end: 12 up to n = 3
+            "train": 15,
+            "held_out": 5,
+            "tokens": 20 * 12 - 6,
+            "label_tokens": 20 * 12 - 6 - 10 * 6 - 10 * 7,
+            "longest": 12,
+        }
+    )
+    json.dumps(data.manifest)
+
+
+def test_examples_without_a_token_to_learn_are_dropped_and_counted(file):
+    data = load_data(configs(path=str(file), max_len=7, eval_size=2), PLAIN)
+    assert data.manifest["dropped"] == 10  # "Say 10:" and on take all 7 tokens
+    assert data.manifest["first_dropped"] == [f"{file}:{line}" for line in range(11, 16)]
+    assert data.manifest["train"] + data.manifest["held_out"] == 10
+
+
+def test_a_file_of_which_nothing_can_be_learned_is_refused(file):
+    with pytest.raises(DataError, match=r"none of 20 examples .* max_len=5 \(first: .*my.jsonl:1\). Raise"):
+        load_data(configs(path=str(file), max_len=5), PLAIN)
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    with pytest.raises(ConfigError, match="no end-of-text id"):
+        tokenize(pair("a", "b"), byte_tokenizer(eos=None), configs())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": ""}, "path must name a data file"),
+        ({"max_len": 1}, "max_len is 1"),
+        ({"source_max_len": 0}, "source_max_len is 0"),
+        ({"target_max_len": -1}, "target_max_len is -1"),
+        ({"eval_size": -0.1}, "eval_size is -0.1"),
+        ({"eval_size": float("nan")}, "eval_size is nan"),
+        ({"eval_size": 1.5}, "eval_size is 1.5; give a share below 1 or a whole number"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        configs(**changes)
+
+
+def test_a_preview_marks_what_is_learned():
+    result = tokenize(pair("2 + 2 =", "4"), LLAMA, configs())
+    assert preview([result], LLAMA) == "--- , 11 tokens, 3 learned\n<s>2 + 2 =[[ 4</s>]]"
+    cut = tokenize(pair("2 + 2 =", "four"), LLAMA, configs(source_max_len=3, target_max_len=3))
+    assert preview([cut], LLAMA).startswith(
+        "--- , 7 tokens, 3 learned, prompt cut, response cut\n<s>2 =[[ fo]]"
+    )
+
+
+@given(example=examples, tokenizer=tokenizers, config=any_config)
+def test_a_preview_shows_every_token(example, tokenizer, config):
+    result = tokenize(example, tokenizer, config)
+    shown = preview([result], tokenizer).partition("\n")[2]
+    assert shown.count("[[") >= bool(result.label_count)
+    if result.input_ids and all(i < 128 or i > 255 for i in result.input_ids):
+        text = tokenizer.decode(result.input_ids, skip_special=False)
+        assert shown.replace("[[", "").replace("]]", "") == text.replace("[[", "").replace("]]", "")
+
+
+# What is shipped
+
+
+def test_the_demo_data_reads_as_conversations_that_end_with_an_answer():
+    examples, layout = read_examples(DEMO)
+    assert layout == "prompt-completion"
+    assert len(examples) == 285
+    assert DEMO.stat().st_size < 400_000
+    assert all(e.last_only and e.messages[0]["role"] == "user" for e in examples)
+    records = [json.loads(line) for line in DEMO.read_text().splitlines()]
+    assert all(list(r) == ["input", "output", "lang", "message_id"] and r["lang"] == "en" for r in records)
+    assert len({r["message_id"] for r in records}) == len({(r["input"], r["output"]) for r in records}) == 285
+    assert all(r["output"] == r["output"].strip() and len(r["output"]) >= 40 for r in records)
+
+
+def test_no_question_of_the_demos_held_out_part_is_trained_on():
+    data = load_data(DataConfig(path=str(DEMO), template="chat"), CHATML)
+    assert len(data.held_out) == 28
+    assert not {e.opening for e in data.train} & {e.opening for e in data.held_out}
+
+
+def test_an_example_is_plain_data():
+    assert Example(({"role": "assistant", "content": "a"},)).opening == ""
