@@ -106,51 +106,6 @@ class LoraLinear(torch.autograd.Function):
             if mask is not None:  # the mask and the factor of forward, now on the gradient
                 dx = thinned(dx, mask, ctx.dropout)
             rows(dx).addmm_(rows(dy), weight_of(ctx.q, dy.dtype))
-        dbias = rows(dy).sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, dbias
-
-
-class LoraLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        q: QuantizedTensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        bias: Tensor | None,
-        dropout: float,
-        seed: int | None,
-    ) -> Tensor:
-        y = F.linear(x, weight_of(q, x.dtype), bias)
-        dropped = drop(x, dropout, seed) if seed is not None and dropout else x
-        inner = F.linear(dropped, lora_a.to(x.dtype))  # (..., R)
-        rows(y).addmm_(rows(inner) * scaling, lora_b.to(x.dtype).T)
-        ctx.q, ctx.scaling, ctx.dropout, ctx.seed = q, scaling, dropout, seed
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, lora_a, lora_b, inner)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        (dy,) = grad_outputs
-        x, lora_a, lora_b, inner = ctx.saved_tensors
-        need_x, _, need_a, need_b, _, need_bias, _, _ = ctx.needs_input_grad
-        dx = da = db = None
-
-        dbranch = dy * ctx.scaling  # (..., N)
-        dinner = dbranch @ lora_b.to(dy.dtype)  # (..., R)
-        if need_b:
-            db = (rows(dbranch).T @ rows(inner)).to(lora_b.dtype)
-        if need_a:
-            dropped = drop(x, ctx.dropout, ctx.seed) if ctx.dropout else x
-            da = (rows(dinner).T @ rows(dropped)).to(lora_a.dtype)
-        if need_x:
-            dx = dinner @ lora_a.to(dy.dtype)
-            if ctx.dropout:  # the mask and the factor of forward, now on the gradient
-                dx = drop(dx, ctx.dropout, ctx.seed)
-            dx = dx + dy @ weight_of(ctx.q, dy.dtype)
         dbias = rows(dy).sum(0) if need_bias else None
         return dx, None, da, db, None, dbias, None, None
 

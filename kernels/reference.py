@@ -57,9 +57,7 @@ def thinned(x: Float[Tensor, "..."], mask: Bool[Tensor, "..."], dropout: float) 
     return torch.where(mask, x * (1 / (1 - dropout)), 0)
 
 
-def dropout_mask(
-    shape: tuple[int, ...], dropout: float, seed: int, device: torch.device
-) -> Bool[Tensor, "..."]:
+def dropout_mask(shape: tuple[int, ...], dropout: float, seed: int, device: torch.device) -> Bool[Tensor, "..."]:
     """Which entries stay: the same for the same seed and shape, so that nothing need keep the mask.
 
     Four 16-bit numbers come out of each draw of 64 bits, twice as fast as one draw per entry; the share
@@ -85,9 +83,7 @@ def check_linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> None:
     if features != in_features or not x.ndim:
         raise ValueError(f"x has {features} features per token but the weight takes {in_features}")
     if bias is not None and bias.shape != (out_features,):
-        raise ValueError(
-            f"the bias has the shape {tuple(bias.shape)} but the weight gives {out_features} outputs"
-        )
+        raise ValueError(f"the bias has the shape {tuple(bias.shape)} but the weight gives {out_features} outputs")
 
 
 def check_lora(
@@ -99,8 +95,7 @@ def check_lora(
         raise ValueError(f"lora_a is {tuple(lora_a.shape)} but the weight takes (rank, {in_features})")
     if lora_b.shape != (out_features, lora_a.shape[0]):
         raise ValueError(
-            f"lora_b is {tuple(lora_b.shape)} but the weight and lora_a take "
-            f"({out_features}, {lora_a.shape[0]})"
+            f"lora_b is {tuple(lora_b.shape)} but the weight and lora_a take ({out_features}, {lora_a.shape[0]})"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is the share of inputs set to zero and must be in [0, 1), not {dropout}")

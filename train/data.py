@@ -123,9 +123,7 @@ def tokenize(example: Example, tokenizer: Tokenizer, config: DataConfig, layout:
     return Tokenized(ids, labels, cut, example.where)
 
 
-def plain_tokens(
-    example: Example, tokenizer: Tokenizer, config: DataConfig
-) -> tuple[list[int], list[bool], bool]:
+def plain_tokens(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[int], list[bool], bool]:
     """Prompt and response end to end; the tokenizer's beginning-of-text id stays in front of a cut prompt."""
     assert example.prompt is not None
     assert example.response is not None
@@ -147,8 +145,7 @@ def chat_tokens(
     """The conversation in the model's form; what the assistant says is learned, with the end of its turn."""
     if config.source_max_len is not None or config.target_max_len is not None:
         raise ConfigError(
-            "data: source_max_len and target_max_len are for plain prompts and responses; "
-            "a conversation takes max_len"
+            "data: source_max_len and target_max_len are for plain prompts and responses; a conversation takes max_len"
         )
     style = config.chat_style or ("guanaco" if layout == "guanaco" else None)
     messages = list(example.messages)

@@ -239,19 +239,13 @@ CHAT_ROLES = {
 FORMATS = {
     "chat": Format(frozenset({"messages"}), '{"messages": [{"role", "content"}]}', read_messages),
     "sharegpt": Format(frozenset({"conversations"}), '{"conversations": [{"from", "value"}]}', read_messages),
-    "alpaca": Format(
-        frozenset({"instruction", "output"}), '{"instruction", "input", "output"}', read_alpaca
-    ),
+    "alpaca": Format(frozenset({"instruction", "output"}), '{"instruction", "input", "output"}', read_alpaca),
     "prompt-completion": Format(
         frozenset({"prompt", "completion"}), '{"prompt", "completion"}', pair("prompt", "completion")
     ),
     "input-output": Format(frozenset({"input", "output"}), '{"input", "output"}', pair("input", "output")),
-    "inputs-targets": Format(
-        frozenset({"inputs", "targets"}), '{"inputs", "targets"}', pair("inputs", "targets")
-    ),
-    "guanaco": Format(
-        frozenset({"text"}), '{"text": "### Human: ...### Assistant: ..."}', read_guanaco
-    ),
+    "inputs-targets": Format(frozenset({"inputs", "targets"}), '{"inputs", "targets"}', pair("inputs", "targets")),
+    "guanaco": Format(frozenset({"text"}), '{"text": "### Human: ...### Assistant: ..."}', read_guanaco),
 }
 
 
