@@ -28,7 +28,6 @@ VERBS = {
     "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),
     "plot": Verb("train.plot", "PlotOptions", "command", "loss and learning-rate plots of runs"),
 }
-POSITIONAL = {"quantize": ("src", "out"), "generate": ("target",), "chat": ("target",), "eval": ("target",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,1 +1,1 @@
-"""."""
+"""Measurements, each with its device and commit in RESULTS.md."""

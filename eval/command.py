@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tyro.conf import Positional
+
 from eval.perplexity import perplexity
 from models import ConfigError, DataError
 from models.target import LoadOptions, load_target
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 class EvalOptions:
     """Measure a model or a run on a task."""
 
-    target: str
+    target: Positional[str]
     """A checkpoint or a run."""
     task: Literal["perplexity"] = "perplexity"
     """What to measure."""
@@ -60,7 +62,13 @@ def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
     )
     limited = options.limit is not None or options.max_chars is not None
     dtype = str(model.dtype).removeprefix("torch.")
-    return {"target": options.target, "data": options.data, "dtype": dtype, "limited": limited, **asdict(result)}
+    return {
+        "target": options.target,
+        "data": options.data,
+        "dtype": dtype,
+        "limited": limited,
+        **asdict(result),
+    }
 
 
 def read_text(path: str, max_chars: int | None) -> str:

@@ -24,8 +24,6 @@ def token_losses(
     targets = input_ids[:, 1:].flatten()
     losses = [
         F.cross_entropy(model.head(h).float(), target, reduction="none")
-        for h, target in zip(
-            hidden.split(POSITIONS_AT_A_TIME), targets.split(POSITIONS_AT_A_TIME), strict=True
-        )
+        for h, target in zip(hidden.split(POSITIONS_AT_A_TIME), targets.split(POSITIONS_AT_A_TIME), strict=True)
     ]
     return torch.cat(losses).view(B, T - 1)

@@ -41,9 +41,7 @@ def command(options: DoctorOptions, console: "Console") -> dict[str, Any]:
 def packages() -> dict[str, str]:
     """Installed versions of what the project uses."""
     found = {name: importlib.util.find_spec(name) is not None for name in PACKAGES}
-    return {
-        name: importlib.metadata.version(name) if there else "not installed" for name, there in found.items()
-    }
+    return {name: importlib.metadata.version(name) if there else "not installed" for name, there in found.items()}
 
 
 def devices() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import form
-from kernels.reference import cast, check_linear, check_lora, drop, dropout_seed
+from kernels.reference import cast, check_linear, check_lora, drop, dropout_mask, dropout_seed, thinned
 from nf4 import QuantizedTensor
 
 
@@ -79,9 +79,10 @@ class LoraLinear(torch.autograd.Function):
         y = F.linear(x, weight_of(q, x.dtype), bias)
         dropped = drop(x, dropout, seed) if seed is not None and dropout else x
         inner = F.linear(dropped, lora_a.to(x.dtype))  # (..., R)
+        rows(y).addmm_(rows(inner) * scaling, lora_b.to(x.dtype).T)
         ctx.q, ctx.scaling, ctx.dropout, ctx.seed = q, scaling, dropout, seed
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, lora_a, lora_b, inner)
-        return y + scaling * F.linear(inner, lora_b.to(x.dtype))
+        return y
 
     @staticmethod
     @once_differentiable
@@ -91,18 +92,20 @@ class LoraLinear(torch.autograd.Function):
         need_x, _, need_a, need_b, _, need_bias, _, _ = ctx.needs_input_grad
         dx = da = db = None
 
-        dbranch = dy * ctx.scaling  # (..., N)
-        dinner = dbranch @ lora_b.to(dy.dtype)  # (..., R)
+        dinner = (dy @ lora_b.to(dy.dtype)) * ctx.scaling  # (..., R)
+        mask = None
+        if ctx.dropout:
+            mask = dropout_mask(dy.shape[:-1] + lora_a.shape[1:], ctx.dropout, ctx.seed, dy.device)
         if need_b:
-            db = (rows(dbranch).T @ rows(inner)).to(lora_b.dtype)
+            db = (rows(dy).T @ (rows(inner) * ctx.scaling)).to(lora_b.dtype)
         if need_a:
-            dropped = drop(x, ctx.dropout, ctx.seed) if ctx.dropout else x
+            dropped = x if mask is None else thinned(x, mask, ctx.dropout)
             da = (rows(dinner).T @ rows(dropped)).to(lora_a.dtype)
         if need_x:
             dx = dinner @ lora_a.to(dy.dtype)
-            if ctx.dropout:  # the mask and the factor of forward, now on the gradient
-                dx = drop(dx, ctx.dropout, ctx.seed)
-            dx = dx + dy @ weight_of(ctx.q, dy.dtype)
+            if mask is not None:  # the mask and the factor of forward, now on the gradient
+                dx = thinned(dx, mask, ctx.dropout)
+            rows(dx).addmm_(rows(dy), weight_of(ctx.q, dy.dtype))
         dbias = rows(dy).sum(0) if need_bias else None
         return dx, None, da, db, None, dbias, None, None
 

@@ -1,11 +1,13 @@
 """LLaMA, its adapters, checkpoints, tokenizers and generation."""
 
 from models.adapter import load_adapter, save_adapter
+from models.chat import render_chat
 from models.checkpoint import load
 from models.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Refusal
 from models.generate import Sampling, generate, stream
 from models.llama import Llama
 from models.lora import LoraConfig, attach_lora, merge_adapter
+from models.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from models.writer import save
 
 __all__ = [
@@ -17,12 +19,16 @@ __all__ = [
     "NonFiniteError",
     "Refusal",
     "Sampling",
+    "Tokenizer",
     "attach_lora",
     "generate",
     "load",
     "load_adapter",
+    "load_tokenizer",
     "merge_adapter",
+    "render_chat",
     "save",
     "save_adapter",
+    "save_tokenizer",
     "stream",
 ]

@@ -33,9 +33,7 @@ WORD_END = re.compile(r"[^\W_](?=[\W_])")
 class ByteLevelBPE:
     """The tokens that merges can make, their order, and their ids."""
 
-    def __init__(
-        self, ranks: dict[bytes, int], ids: dict[bytes, int], pattern: str, missing: int | None = None
-    ):
+    def __init__(self, ranks: dict[bytes, int], ids: dict[bytes, int], pattern: str, missing: int | None = None):
         """Take tokens in the order of their merges (`ranks`) and their ids.
 
         A token that has a rank but no id becomes `missing`, or nothing. `ids` may hold further tokens, which

@@ -57,9 +57,7 @@ def generate(
     Padding on the left of a prompt stays where it is; padding on its right is overwritten. `eos_token_id`
     None stands for the checkpoint's own stop ids, -1 for none.
     """
-    sampling = Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
-    )
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     steps = stream(
         model,
         input_ids,
@@ -187,9 +185,7 @@ def ends(attention_mask: Tensor) -> list[int]:
     return (T - attention_mask.bool().flip(1).int().argmax(dim=1)).tolist()
 
 
-def pad_left(
-    input_ids: Int[Tensor, "B T"], attention_mask: Tensor
-) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
+def pad_left(input_ids: Int[Tensor, "B T"], attention_mask: Tensor) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
     """Prompts and mask with every row's last real token in the last column."""
     T = input_ids.shape[1]
     shifts = [T - end for end in ends(attention_mask)]

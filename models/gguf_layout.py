@@ -114,12 +114,8 @@ def gguf_rope_scaling(header: GgufHeader, config: dict[str, Any]) -> dict[str, A
     divisors = header.read(ROPE_FACTORS).flatten()
     plain = inverse_frequencies(llama_config(config, str(path)), divisors.device)
     for original in (8192, 4096, 2048, 16384, 1024, 512, 256, 128, 64):
-        guess = RopeScaling(
-            rope_type="llama3", factor=float(divisors.max()), original_max_position_embeddings=original
-        )
-        scaled = inverse_frequencies(
-            llama_config({**config, "rope_scaling": vars(guess)}, str(path)), divisors.device
-        )
+        guess = RopeScaling(rope_type="llama3", factor=float(divisors.max()), original_max_position_embeddings=original)
+        scaled = inverse_frequencies(llama_config({**config, "rope_scaling": vars(guess)}, str(path)), divisors.device)
         if divisors.shape == plain.shape and torch.allclose(plain / divisors, scaled, rtol=1e-3):
             return dict(vars(guess))
     raise CheckpointError(f"{path}: {ROPE_FACTORS} does not follow llama3's scaling with its usual constants")

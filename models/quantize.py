@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tyro.conf import Positional
 
 import nf4
 from models.checkpoint import open_checkpoint, skeleton, stream
@@ -39,9 +40,9 @@ class LayerReport:
 class QuantizeOptions:
     """Stream a raw checkpoint into 4-bit safetensors."""
 
-    src: str
+    src: Positional[str]
     """Directory or file of the checkpoint: safetensors, .bin, Meta's .pth or GGUF."""
-    out: str
+    out: Positional[str]
     """Directory to write; one that holds a checkpoint already is refused."""
     quant: QuantConfig = QuantConfig()
     """The format."""
@@ -59,9 +60,7 @@ def command(options: QuantizeOptions, console: "Console") -> dict[str, Any]:
     if (Path(options.out) / "config.json").exists():
         raise ConfigError(f"{options.out}: already holds a checkpoint; name another directory")
     device = pick_device(options.device)
-    layers = quantize_checkpoint(
-        options.src, options.out, options.quant, pick_dtype(options.dtype, device), device
-    )
+    layers = quantize_checkpoint(options.src, options.out, options.quant, pick_dtype(options.dtype, device), device)
     table = Table(title=f"{options.src} → {options.out}")
     for column in ("layer", "shape", "bits/weight", "relative error", "SNR, dB", "max error"):
         table.add_column(column, justify="left" if column == "layer" else "right")
@@ -101,9 +100,9 @@ def quantize_checkpoint(
                         name,
                         value.shape,
                         value.bits_per_weight,
-                        loss.relative_error,
+                        loss.relative,
                         loss.snr_db,
-                        loss.max_error,
+                        loss.max,
                     )
                 )
         writer.finish(model.config.to_dict(), str(dtype), quant)

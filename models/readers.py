@@ -88,9 +88,7 @@ class TorchReader:
 
     def load(self) -> dict[str, Tensor]:
         try:
-            state = torch.load(
-                self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
-            )
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{self.path}: refused, because reading it would run code or it is broken "

@@ -78,9 +78,7 @@ def build_model(
 
     model = bytearray()
     for piece, score, kind in zip(pieces, scores, kinds, strict=True):
-        model += _chunk(
-            PIECES, _chunk(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
-        )
+        model += _chunk(PIECES, _chunk(1, piece.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind))
     return bytes(model + _chunk(TRAINER, trainer) + _chunk(NORMALIZER, normalizer))
 
 

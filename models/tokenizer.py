@@ -10,7 +10,7 @@ import base64
 import binascii
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from models.bpe import ByteLevelBPE, guess_pattern, merge_ranks, token_ids, unmerged
 from models.errors import CheckpointError
@@ -22,6 +22,7 @@ from models.tokenizer_json import read_tokenizer_json, split_merges
 Files = dict[str, bytes]
 
 
+@runtime_checkable
 class Vocabulary(Protocol):
     """What a family provides: ids of plain text, and the text of ids with some of them given by name."""
 

@@ -39,11 +39,7 @@ def gguf_tokenizer_files(path: Path) -> dict[str, bytes]:
 
 def _files(metadata: dict[str, Any]) -> dict[str, bytes]:
     tokens = _list(metadata, "tokens", str)
-    kinds = (
-        _list(metadata, "token_type", int)
-        if "tokenizer.ggml.token_type" in metadata
-        else [NORMAL] * len(tokens)
-    )
+    kinds = _list(metadata, "token_type", int) if "tokenizer.ggml.token_type" in metadata else [NORMAL] * len(tokens)
     if len(kinds) != len(tokens):
         raise ValueError(f"{len(tokens)} tokens have {len(kinds)} types")
     repeated = len(tokens) - len(set(tokens))

@@ -27,9 +27,7 @@ def read_tokenizer_json(
             " file of the same checkpoint (tokenizer.model or spiece.model) beside it"
         )
     if content.get("normalizer") is not None:
-        raise ValueError(
-            f"its normalizer is {_short(content['normalizer'])}; only files without one can be read"
-        )
+        raise ValueError(f"its normalizer is {_short(content['normalizer'])}; only files without one can be read")
     for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(option):
             raise ValueError(f'its model sets "{option}" to {_short(model[option])}, which is not supported')
@@ -38,9 +36,7 @@ def read_tokenizer_json(
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError('its model lacks "vocab" or "merges"')
     added = content.get("added_tokens") or []
-    if not isinstance(added, list) or not all(
-        isinstance(t, dict) and {"id", "content"} <= t.keys() for t in added
-    ):
+    if not isinstance(added, list) or not all(isinstance(t, dict) and {"id", "content"} <= t.keys() for t in added):
         raise ValueError('"added_tokens" is not a list of records with "id" and "content"')
     return (
         vocab,
@@ -56,9 +52,7 @@ def split_merges(merges: list[Any]) -> list[tuple[str, str]]:
     for line, merge in enumerate(merges, 1):
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) and p for p in parts):
-            raise ValueError(
-                f"merge {line} is {_short(merge)}; two tokens with one space between are expected"
-            )
+            raise ValueError(f"merge {line} is {_short(merge)}; two tokens with one space between are expected")
         pairs.append((parts[0], parts[1]))
     return pairs
 

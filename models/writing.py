@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from tyro.conf import Positional
 
 from models.chat import render_chat
 from models.errors import ConfigError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class GenerateOptions:
     """Write on from a prompt."""
 
-    target: str
+    target: Positional[str]
     """A checkpoint or a run."""
     prompt: str
     """The text to go on from; with --chat, a user's message."""
@@ -46,7 +47,7 @@ class GenerateOptions:
 class ChatOptions:
     """Talk with a model; an empty line or end of input leaves."""
 
-    target: str
+    target: Positional[str]
     """A checkpoint or a run."""
     system: str | None = None
     """The system message; by default the model's own, if it has one."""
@@ -65,11 +66,9 @@ class ChatOptions:
 def generate_command(options: GenerateOptions, console: "Console") -> dict[str, Any]:
     model, tokenizer = load_target(options.target, options.load)
     if options.chat:
-        ids, _ = render_chat(
-            tokenizer, [{"role": "user", "content": options.prompt}], add_generation_prompt=True
-        )
+        ids, _ = render_chat(tokenizer, [{"role": "user", "content": options.prompt}], add_generation_prompt=True)
     else:
-        ids = tokenizer.encode(options.prompt, bos=adds_bos(tokenizer))
+        ids = tokenizer.encode(options.prompt, bos=tokenizer.adds_bos)
     if not ids:
         raise ConfigError("generate: the prompt is empty, and this tokenizer has no id to begin a text with")
     text = say(answer(model, tokenizer, ids, options.max_new_tokens, options.sampling, options.seed), console)
@@ -115,12 +114,6 @@ def pieces(tokenizer: Tokenizer, steps: Iterable[Int[Tensor, "1"]]) -> Iterator[
             yield text[len(shown) :]
             shown = text
     yield tokenizer.decode(ids)[len(shown) :]
-
-
-def adds_bos(tokenizer: Tokenizer) -> bool:
-    """Sentencepiece models were trained with a beginning-of-text id before every text; chat models of
-    byte-level BPE put theirs where the template says."""
-    return tokenizer.adds_bos
 
 
 def say(parts: Iterable[str], console: "Console") -> str:

@@ -28,9 +28,7 @@ class QuantConfig:
         for name in ("block_size", "nested_block_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(
-                    f"{name} counts weights or scales and must be a whole number >= 1, not {value!r}"
-                )
+                raise ValueError(f"{name} counts weights or scales and must be a whole number >= 1, not {value!r}")
         if not isinstance(self.double_quant, bool):
             raise ValueError(f"double_quant must be true or false, not {self.double_quant!r}")
         if self.scale not in SCALES:

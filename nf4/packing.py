@@ -50,9 +50,7 @@ def unpack_table(name: str, device: torch.device) -> Tensor:
         if bits == 3:
             return levels.to(device)  # codes straddle bytes: looked up one by one
         byte = torch.arange(256)
-        table = torch.stack(
-            [levels[(byte >> shift) % 2**bits] for shift in range(8 - bits, -1, -bits)], dim=1
-        )
+        table = torch.stack([levels[(byte >> shift) % 2**bits] for shift in range(8 - bits, -1, -bits)], dim=1)
         return (table.view(torch.int64).view(-1) if bits == 4 else table).to(device)
 
 

@@ -117,9 +117,7 @@ def squared_error(
     return (blocks - decoded).double().square_().sum(1)
 
 
-def chunks(
-    flat: Float[Tensor, " n"], block_size: int
-) -> Iterator[tuple[int, Float32[Tensor, "blocks block_size"]]]:
+def chunks(flat: Float[Tensor, " n"], block_size: int) -> Iterator[tuple[int, Float32[Tensor, "blocks block_size"]]]:
     """The weights in float32, some blocks at a time, with the number of the first; the last is filled with
     zeros.
 

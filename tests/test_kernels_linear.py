@@ -28,9 +28,7 @@ def layer(seed=0, dtype=torch.float32, adapter=torch.float32, K=K, N=N, R=R, tok
 def run(operators, arguments, **options):
     """The output of an operator and the gradients of what it was given."""
     leaves = [
-        argument.detach().requires_grad_(argument.requires_grad)
-        if isinstance(argument, torch.Tensor)
-        else argument
+        argument.detach().requires_grad_(argument.requires_grad) if isinstance(argument, torch.Tensor) else argument
         for argument in arguments
     ]
     x, q, lora_a, lora_b, bias = leaves
@@ -60,9 +58,7 @@ def test_output_and_gradients_are_the_definitions(tokens, sizes, dropout, seed):
 @pytest.mark.parametrize("adapter", ["float32", "same"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_in_16_bits_it_errs_at_most_twice_as_much_as_torch_against_float64(dtype, adapter, dropout):
-    arguments = layer(
-        3, dtype, torch.float32 if adapter == "float32" else dtype, K=256, N=192, R=16, tokens=(40,)
-    )
+    arguments = layer(3, dtype, torch.float32 if adapter == "float32" else dtype, K=256, N=192, R=16, tokens=(40,))
     exact = run(
         reference,
         [a.double() if isinstance(a, torch.Tensor) else a for a in arguments],
@@ -101,9 +97,7 @@ def test_the_base_layer_is_a_plain_linear_layer():
 def test_only_the_gradients_asked_for_are_made():
     x, q, lora_a, lora_b, bias = layer()
     for asked in range(16):
-        tensors = [
-            t.detach().requires_grad_(bool(asked >> i & 1)) for i, t in enumerate((x, lora_a, lora_b, bias))
-        ]
+        tensors = [t.detach().requires_grad_(bool(asked >> i & 1)) for i, t in enumerate((x, lora_a, lora_b, bias))]
         for dropout in (0.0, 0.5):
             x, lora_a, lora_b, bias = tensors
             y = kernels.nf4_lora_linear(x, q, lora_a, lora_b, 2.0, bias, dropout, 3)

@@ -106,9 +106,7 @@ def test_blocks_know_nothing_of_each_other(seed, name, block_size):
 @given(weight=weights(dtypes=(torch.float32,)), name=codebooks, block_size=block_sizes)
 def test_within_a_block_order_is_kept(weight, name, block_size):
     back = dequantize(quantize(weight, plain(name, block_size)))
-    for before, after in zip(
-        weight.flatten().split(block_size), back.flatten().split(block_size), strict=True
-    ):
+    for before, after in zip(weight.flatten().split(block_size), back.flatten().split(block_size), strict=True):
         assert (after[before.argsort()].diff() >= 0).all()
 
 
@@ -120,9 +118,7 @@ def test_what_the_levels_can_say_is_said_exactly(seed, name, block_size, exponen
     weight[:, 0] = 1
     weight = weight * 2.0**exponent
     for scale in ("absmax", "search"):
-        assert torch.equal(
-            dequantize(quantize(weight, QuantConfig(name, block_size, False, 256, scale))), weight
-        )
+        assert torch.equal(dequantize(quantize(weight, QuantConfig(name, block_size, False, 256, scale))), weight)
 
 
 @given(config=configs(), seed=st.integers(0, 1000))
@@ -205,9 +201,7 @@ def test_the_published_nested_vector_is_met_to_the_last_bit():
         ("fp4", 4096, 0.129536, 0.000612, 0.337169, 0.001239),
     ],
 )
-def test_the_error_on_normal_weights_is_the_published_one(
-    name, block_size, mean, std, relative, relative_std
-):
+def test_the_error_on_normal_weights_is_the_published_one(name, block_size, mean, std, relative, relative_std):
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     moved = (weight - dequantize(quantize(weight, plain(name, block_size)))).abs()
     assert abs(moved.mean() - mean) < 7 * std
@@ -234,9 +228,7 @@ def test_whole_blocks_take_the_reciprocal_and_a_partial_one_divides(partial):
     weight = torch.cat([torch.tensor([0.7]), *(midpoints * 0.7 * (1 + k * 2.0**-24) for k in range(-4, 5))])
     scaled = weight / 0.7 if partial else weight * (1 / torch.tensor(0.7))
     codes = (scaled[:, None] > midpoints).sum(dim=1)
-    assert not torch.equal(
-        codes, ((weight * (1 / 0.7) if partial else weight / 0.7)[:, None] > midpoints).sum(1)
-    )
+    assert not torch.equal(codes, ((weight * (1 / 0.7) if partial else weight / 0.7)[:, None] > midpoints).sum(1))
     q = quantize(weight, plain(block_size=len(weight) + partial))
     assert torch.equal(dequantize(q), levels[codes] * 0.7)
 

@@ -59,7 +59,5 @@ def test_no_scales_have_no_codes():
 
 def test_second_level_scales_of_another_count_are_refused():
     codes, nested_absmax, offset = quantize_absmax(torch.rand(300))
-    with pytest.raises(
-        ValueError, match="300 scales in blocks of 256 have 2 second-level scales, but 1 came"
-    ):
+    with pytest.raises(ValueError, match="300 scales in blocks of 256 have 2 second-level scales, but 1 came"):
         dequantize_absmax(codes, nested_absmax[:1], offset)

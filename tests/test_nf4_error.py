@@ -33,9 +33,7 @@ def test_a_searched_weight_has_the_smaller_error():
     from nf4 import QuantConfig
 
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    plain, search = (
-        error(weight, quantize(weight, QuantConfig(scale=scale))) for scale in ("absmax", "search")
-    )
+    plain, search = (error(weight, quantize(weight, QuantConfig(scale=scale))) for scale in ("absmax", "search"))
     assert search.relative < 0.92 * plain.relative
     assert search.snr_db > plain.snr_db + 0.7
 

@@ -39,9 +39,7 @@ def test_a_weight_is_stored_as_bitsandbytes_stores_it(stored, case):
     def golden(part):
         return stored[f"{case['case']}.{part}"]
 
-    config = QuantConfig(
-        case["quant_type"], case["blocksize"], case["double_quant"], case["blocksize2"] or 256
-    )
+    config = QuantConfig(case["quant_type"], case["blocksize"], case["double_quant"], case["blocksize2"] or 256)
     q = quantize(golden("x"), config)
     assert list(q.shape) == case["shape"]
     assert str(q.dtype) == case["dtype"]
@@ -53,9 +51,7 @@ def test_a_weight_is_stored_as_bitsandbytes_stores_it(stored, case):
         return
 
     # What is stored decodes to the last bit; our own indices are the nearest, a given one may lie off.
-    given = replace(
-        q, absmax_codes=golden("absmax"), nested_absmax=golden("absmax2"), absmax_offset=golden("offset")
-    )
+    given = replace(q, absmax_codes=golden("absmax"), nested_absmax=golden("absmax2"), absmax_offset=golden("offset"))
     assert torch.equal(dequantize(given), golden("dequantized"))
     assert ulps(q.tensors()["absmax_offset"], golden("offset")) <= 1
     torch.testing.assert_close(q.tensors()["nested_absmax"], golden("absmax2"), rtol=1e-6, atol=0)

@@ -22,9 +22,7 @@ def test_no_block_is_worse_than_with_absmax(weight, name, block_size):
         assert after.sum() <= before.sum()
 
 
-@given(
-    weight=weights(), name=codebooks, block_size=block_sizes, nested_block_size=st.sampled_from([1, 5, 256])
-)
+@given(weight=weights(), name=codebooks, block_size=block_sizes, nested_block_size=st.sampled_from([1, 5, 256]))
 def test_with_double_quantization_no_weight_as_a_whole_is_worse(weight, name, block_size, nested_block_size):
     absmax = squared_error(weight, QuantConfig(name, block_size, True, nested_block_size))
     search = squared_error(weight, QuantConfig(name, block_size, True, nested_block_size, "search"))

@@ -72,9 +72,7 @@ def test_a_hostile_file_is_refused_or_decodes_in_its_own_size(data, double_quant
         case "drop":
             del tensors[key]
         case "dtype":
-            dtype = data.draw(
-                st.sampled_from([torch.uint8, torch.int8, torch.float16, torch.float32, torch.bool])
-            )
+            dtype = data.draw(st.sampled_from([torch.uint8, torch.int8, torch.float16, torch.float32, torch.bool]))
             tensors[key] = tensors[key].to(dtype)
         case "length":
             tensors[key] = tensors[key].flatten()[: data.draw(st.integers(0, 20))]
@@ -253,9 +251,7 @@ def test_scales_that_are_no_numbers_are_refused():
         from_state_dict(tensors, "w")
 
 
-@pytest.mark.parametrize(
-    ("codebook", "byte", "code"), [("int4", 0x1F, 15), ("int4", 0xF1, 15), ("int8", 255, 255)]
-)
+@pytest.mark.parametrize(("codebook", "byte", "code"), [("int4", 0x1F, 15), ("int4", 0xF1, 15), ("int8", 255, 255)])
 def test_codes_beyond_the_levels_are_refused(codebook, byte, code):
     tensors = example(codebook=codebook)
     tensors["w"][5] = byte

@@ -168,9 +168,7 @@ def test_a_flag_wins_over_a_file_and_a_later_file_over_an_earlier(toml):
 
 
 def test_a_nested_default_stays_where_a_file_is_silent(toml):
-    assert parse(Settings, ["--config", toml("[lora]\nalpha = 3\n"), *BASE]).lora == Adapter(
-        rank=8, alpha=3.0
-    )
+    assert parse(Settings, ["--config", toml("[lora]\nalpha = 3\n"), *BASE]).lora == Adapter(rank=8, alpha=3.0)
     config = parse(Settings, ["--config", toml("outer.inner.b = 9\n"), *BASE])
     assert config.outer == Outer(c=7, inner=Inner(a=5, b=9))
     assert parse(Settings, [*BASE, "--outer.inner.b", "9"]) == config
@@ -190,9 +188,7 @@ def test_a_dict_is_one_value_which_a_flag_replaces(toml):
 
 
 def test_a_flag_can_take_back_what_a_file_sets(toml):
-    config = parse(
-        Settings, ["--config", toml("max_steps = 3\n"), "--model=m", "--max-steps=None", "--epochs=1"]
-    )
+    config = parse(Settings, ["--config", toml("max_steps = 3\n"), "--model=m", "--max-steps=None", "--epochs=1"])
     assert (config.max_steps, config.epochs) == (None, 1.0)
 
 
@@ -280,9 +276,7 @@ def test_a_wrong_file_is_refused_by_key(toml, text, says):
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    assert "missing.toml: cannot be read: No such file" in problems(
-        Settings, "--config", "missing.toml", *BASE
-    )
+    assert "missing.toml: cannot be read: No such file" in problems(Settings, "--config", "missing.toml", *BASE)
     (tmp_path / "latin.toml").write_bytes('model = "é"'.encode("latin-1"))
     assert "is not UTF-8 text (byte 9)" in problems(Settings, "--config", str(tmp_path / "latin.toml"), *BASE)
 
@@ -300,9 +294,7 @@ def test_a_misspelt_required_key_is_named_beside_the_missing_one(toml):
     assert "modle: unknown key; did you mean model?" in problems(Settings, "--config", toml('modle = "m"'))
 
 
-@pytest.mark.parametrize(
-    "flags", [["--lora.rnk", "3"], ["--lora.rank", "many"], ["--schedule", "cosin"], ["--config"]]
-)
+@pytest.mark.parametrize("flags", [["--lora.rnk", "3"], ["--lora.rank", "many"], ["--schedule", "cosin"], ["--config"]])
 def test_a_wrong_flag_exits_with_2_and_speaks_on_stderr(flags, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Settings, [*BASE, *flags])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,9 +25,7 @@ class ByteVocabulary:
         return list(text.encode())
 
     def decode(self, ids, names):
-        return b"".join(names[i].encode() if i in names else bytes([i]) for i in ids).decode(
-            "utf-8", "replace"
-        )
+        return b"".join(names[i].encode() if i in names else bytes([i]) for i in ids).decode("utf-8", "replace")
 
 
 def byte_tokenizer(*, chatml=False, adds_bos=False, pad=None, eos=EOS):
@@ -43,8 +42,8 @@ tokenizers = st.sampled_from([PLAIN, LLAMA, CHATML])
 lengths = st.none() | st.integers(2, 60)
 
 
-def configs(**changes):
-    return DataConfig(**{"path": "x", **changes})
+def configs(path="x", **changes: Any):
+    return DataConfig(path=path, **changes)
 
 
 def pair(prompt, completion):
@@ -61,12 +60,11 @@ def chat(*turns):
     return FORMATS["chat"].read({"messages": messages})
 
 
+# Arguments only: beartype's checks draw from the global generator, which hypothesis forbids to strategies.
 examples = st.one_of(
-    st.builds(pair, texts, answers),
-    st.builds(alpaca, answers, texts, answers),
-    st.lists(st.tuples(texts, answers), min_size=1, max_size=3).map(
-        lambda t: chat(*(c for p in t for c in p))
-    ),
+    st.tuples(st.just(pair), texts, answers),
+    st.tuples(st.just(alpaca), answers, texts, answers),
+    st.lists(st.tuples(texts, answers), min_size=1, max_size=3).map(lambda t: (chat, *(c for p in t for c in p))),
 )
 any_config = st.builds(
     configs,
@@ -85,6 +83,8 @@ def learned_text(tokenized, tokenizer):
 
 @given(example=examples, tokenizer=tokenizers, config=any_config)
 def test_a_label_is_ignored_or_the_id_at_its_place_and_the_first_is_ignored(example, tokenizer, config):
+    make, *arguments = example
+    example = make(*arguments)
     result = tokenize(example, tokenizer, config)
     assert len(result.labels) == len(result.input_ids)
     assert all(label in (IGNORED, i) for label, i in zip(result.labels, result.input_ids, strict=True))
@@ -124,9 +124,7 @@ def test_of_a_conversation_before_a_question_nothing_is_learned(question, answer
 
 
 def test_guanaco_records_keep_their_form_and_end_every_answer():
-    example = FORMATS["guanaco"].read(
-        {"text": "### Human: Hi### Assistant: Hello### Human: Bye### Assistant: So long"}
-    )
+    example = FORMATS["guanaco"].read({"text": "### Human: Hi### Assistant: Hello### Human: Bye### Assistant: So long"})
     result = tokenize(example, CHATML, configs(), "guanaco")  # not the tokenizer's own form
     text = CHATML.decode(result.input_ids, skip_special=False)
     assert text == "### Human: Hi### Assistant: Hello</s>### Human: Bye### Assistant: So long</s>"
@@ -135,6 +133,8 @@ def test_guanaco_records_keep_their_form_and_end_every_answer():
 
 @given(example=examples, tokenizer=tokenizers, template=st.sampled_from(["plain", "chat"]))
 def test_training_on_the_source_learns_all_but_the_first_token(example, tokenizer, template):
+    make, *arguments = example
+    example = make(*arguments)
     whole = tokenize(example, tokenizer, configs(train_on_source=True, template=template))
     assert whole.labels == [IGNORED, *whole.input_ids[1:]]
     assert whole.input_ids == tokenize(example, tokenizer, configs(template=template)).input_ids
@@ -142,6 +142,8 @@ def test_training_on_the_source_learns_all_but_the_first_token(example, tokenize
 
 @given(example=examples, tokenizer=tokenizers, config=any_config)
 def test_limits_hold(example, tokenizer, config):
+    make, *arguments = example
+    example = make(*arguments)
     result = tokenize(example, tokenizer, config)
     assert len(result.input_ids) <= (config.max_len or 10**9)
     whole = tokenize(example, tokenizer, configs(template=config.template))
@@ -165,10 +167,7 @@ def test_a_cut_response_has_no_made_up_end_and_a_whole_one_keeps_its_own(prompt,
 
 def test_a_long_prompt_keeps_its_end_and_the_beginning_of_text_id():
     result = tokenize(pair("a long question?", "Yes."), LLAMA, configs(source_max_len=9))
-    assert (
-        LLAMA.decode(result.input_ids, skip_special=False)
-        == "<s>question? Yes.</s>"[:3] + "question? Yes.</s>"
-    )
+    assert LLAMA.decode(result.input_ids, skip_special=False) == "<s>question? Yes.</s>"[:3] + "question? Yes.</s>"
     assert result.cut_prompt
     assert not result.cut_response
 
@@ -186,6 +185,8 @@ def test_a_trailing_question_is_left_out():
 
 @given(example=examples, pad=st.sampled_from([EOS, END, 0, 65]))
 def test_padding_is_never_learned_though_its_id_is_one_that_is(example, pad):
+    make, *arguments = example
+    example = make(*arguments)
     result = tokenize(example, CHATML, configs())
     longer = Tokenized([*result.input_ids, 1, 2], [*result.labels, IGNORED, IGNORED], "")
     batch = collate([result, longer], pad)
@@ -238,9 +239,7 @@ def test_examples_without_an_opening_are_each_their_own():
 
 
 def test_a_split_that_cannot_be_made_is_refused():
-    with pytest.raises(
-        DataError, match=r"4 usable examples cannot give 4 held-out ones; lower data.eval_size"
-    ):
+    with pytest.raises(DataError, match=r"4 usable examples cannot give 4 held-out ones; lower data.eval_size"):
         split(rows("a", "b", "c", "d"), 4, 0)
     with pytest.raises(DataError, match=r"no 1 of 4 .* open alike \(f:0 and others\)"):
         split(rows("a", "a", "a", "a"), 1, 0)
@@ -261,26 +260,23 @@ def test_a_dataset_says_what_became_of_its_file(file):
     import hashlib
 
     data = load_data(configs(path=str(file), max_len=12, eval_size=5), PLAIN)
-    assert (
-        {k: v for k, v in data.manifest.items() if k != "label_share"}
-        == {
-            "file": "my.jsonl",
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            "bytes": file.stat().st_size,
-            "format": "prompt-completion",
-            "template": "plain",
-            "records": 20,
-            "dropped": 0,
-            "first_dropped": [],
-            "cut_prompts": 0,
-            "cut_responses": 16,  # 6 tokens up to 9, 7 from 10 on, the space, n + 1 of x and the end: 12 up to n = 3
-            "train": 15,
-            "held_out": 5,
-            "tokens": 20 * 12 - 6,
-            "label_tokens": 20 * 12 - 6 - 10 * 6 - 10 * 7,
-            "longest": 12,
-        }
-    )
+    assert {k: v for k, v in data.manifest.items() if k != "label_share"} == {
+        "file": "my.jsonl",
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "bytes": file.stat().st_size,
+        "format": "prompt-completion",
+        "template": "plain",
+        "records": 20,
+        "dropped": 0,
+        "first_dropped": [],
+        "cut_prompts": 0,
+        "cut_responses": 16,  # beside 6 tokens of prompt, a space and the end, 12 leave room for 4 of x
+        "train": 15,
+        "held_out": 5,
+        "tokens": 20 * 12 - 6,
+        "label_tokens": 20 * 12 - 6 - 10 * 6 - 10 * 7,
+        "longest": 12,
+    }
     json.dumps(data.manifest)
 
 
@@ -322,13 +318,13 @@ def test_a_preview_marks_what_is_learned():
     result = tokenize(pair("2 + 2 =", "4"), LLAMA, configs())
     assert preview([result], LLAMA) == "--- , 11 tokens, 3 learned\n<s>2 + 2 =[[ 4</s>]]"
     cut = tokenize(pair("2 + 2 =", "four"), LLAMA, configs(source_max_len=3, target_max_len=3))
-    assert preview([cut], LLAMA).startswith(
-        "--- , 7 tokens, 3 learned, prompt cut, response cut\n<s>2 =[[ fo]]"
-    )
+    assert preview([cut], LLAMA).startswith("--- , 7 tokens, 3 learned, prompt cut, response cut\n<s>2 =[[ fo]]")
 
 
 @given(example=examples, tokenizer=tokenizers, config=any_config)
 def test_a_preview_shows_every_token(example, tokenizer, config):
+    make, *arguments = example
+    example = make(*arguments)
     result = tokenize(example, tokenizer, config)
     shown = preview([result], tokenizer).partition("\n")[2]
     assert shown.count("[[") >= bool(result.label_count)

@@ -42,14 +42,10 @@ def test_guanaco_text_gives_back_the_turns_it_was_made_of(conversation, opening)
     assert turns(text) == system + expected
 
 
-@given(
-    pairs=st.lists(st.tuples(texts, answers), min_size=1, max_size=5), ends=st.sampled_from(["\n", "\r\n"])
-)
+@given(pairs=st.lists(st.tuples(texts, answers), min_size=1, max_size=5), ends=st.sampled_from(["\n", "\r\n"]))
 def test_a_list_lines_and_tables_of_the_same_records_read_alike(tmp_path_factory, pairs, ends):
     folder = tmp_path_factory.mktemp("same")
-    pairs = [
-        (q.replace("\r", " ").replace("\0", " "), a.replace("\r", ".").replace("\0", ".")) for q, a in pairs
-    ]
+    pairs = [(q.replace("\r", " ").replace("\0", " "), a.replace("\r", ".").replace("\0", ".")) for q, a in pairs]
     rows = [{"prompt": q, "completion": a} for q, a in pairs]
     quoted = [",".join('"' + cell.replace('"', '""') + '"' for cell in pair) for pair in pairs]
     (folder / "a.json").write_bytes(json.dumps(rows, indent=1).replace("\n", ends).encode())
@@ -226,7 +222,7 @@ def test_a_record_that_does_not_fit_is_named_with_its_line(file, record, message
         ({"messages": []}, "messages has no response"),
         ({"messages": ["a"]}, "messages: turn 1 is a text, not an object"),
         ({"messages": [user("a")]}, "messages has no response"),
-        ({"messages": [user("a"), assistant(" ")]}, "messages: turn 2: content is empty"),
+        ({"messages": [user("a"), assistant(" ")]}, "messages: the response in turn 2 is empty"),
         ({"messages": [user("a"), assistant(None)]}, "messages: turn 2: content is null"),
         ({"messages": [user("a"), {"role": "assistant"}]}, "messages: turn 2: content is missing"),
         (
@@ -295,7 +291,5 @@ def test_a_missing_file_or_a_directory_is_refused(tmp_path):
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones(file):
-    with pytest.raises(
-        ConfigError, match=r"'alpcaa' is not known; give one of chat, .* Did you mean alpaca\?"
-    ):
+    with pytest.raises(ConfigError, match=r"'alpcaa' is not known; give one of chat, .* Did you mean alpaca\?"):
         read_examples(file([GOOD]), "alpcaa")

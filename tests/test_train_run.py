@@ -22,9 +22,7 @@ def test_a_new_run_has_its_files_and_says_running(tmp_path):
     run = Run.create(tmp_path / "runs" / "one", CONFIG, argv=["train", "--x"], data={"a.jsonl": "00ff"})
     run.write_data({"examples": 3}, "preview")
     names = {str(path.relative_to(run.directory)) for path in run.directory.rglob("*") if path.is_file()}
-    wanted = (
-        "config.toml env.json log.txt metrics.jsonl timing.jsonl STATUS data/manifest.json data/preview.txt"
-    )
+    wanted = "config.toml env.json log.txt metrics.jsonl timing.jsonl STATUS data/manifest.json data/preview.txt"
     assert names == set(wanted.split())
     assert (run.directory / "STATUS").read_text() == "running\n"
     assert read_config(LoopConfig, run.directory / "config.toml") == CONFIG
@@ -108,9 +106,7 @@ def test_a_metric_that_json_cannot_hold_is_never_written(tmp_path):
 
 def test_a_directory_with_something_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(
-        ConfigError, match=r"is not empty \(it holds thesis.tex\); give another --out, or --over"
-    ):
+    with pytest.raises(ConfigError, match=r"is not empty \(it holds thesis.tex\); give another --out, or --over"):
         Run.create(tmp_path, CONFIG)
 
 

@@ -22,9 +22,7 @@ __all__ = ["parse", "read_config", "to_toml"]
 C = TypeVar("C")
 
 
-def parse(
-    cls: type[C], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str = ""
-) -> C:
+def parse(cls: type[C], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str = "") -> C:
     """Give the config that the flags, and the files named by `--config`, ask for.
 
     An unknown flag or a value of the wrong type ends the process with exit code 2 and a suggestion on stderr;
@@ -115,9 +113,7 @@ def under(default: Any, given: Values) -> Values:
     return values
 
 
-def take_flags(
-    cls: type, chosen: Any, start: Any, values: Values, origins: dict[str, str], key: str = ""
-) -> None:
+def take_flags(cls: type, chosen: Any, start: Any, values: Values, origins: dict[str, str], key: str = "") -> None:
     """Put what the flags changed into `values`, and themselves into `origins`."""
     for field in dataclasses.fields(cls):
         new, old = getattr(chosen, field.name), getattr(start, field.name)
@@ -163,9 +159,7 @@ def build(cls: type[C], values: Values, prefix: str, origins: dict[str, str], pr
         for name, message in impossible(cls, arguments, str(error)):
             key = f"{prefix}{name}" if name else prefix.rstrip(".")
             where = (
-                [origins[key]]
-                if key in origins
-                else sorted({o for k, o in origins.items() if k.startswith(prefix)})
+                [origins[key]] if key in origins else sorted({o for k, o in origins.items() if k.startswith(prefix)})
             )
             label = ", ".join(where)
             shown = [label, key] if not label.startswith("--") else [label]
@@ -205,6 +199,4 @@ def listed(problems: Sequence[str]) -> str:
     """Say one problem as a sentence, several as a list."""
     if len(problems) == 1:
         return problems[0]
-    return "\n".join(
-        [f"{len(problems)} problems in the settings:", *(f"  {problem}" for problem in problems)]
-    )
+    return "\n".join([f"{len(problems)} problems in the settings:", *(f"  {problem}" for problem in problems)])

@@ -46,7 +46,7 @@ class DataConfig:
     """Tokens before the first response; their beginning is cut, since their end is nearest to the answer."""
     target_max_len: int | None = None
     """Tokens of a response, its end-of-text id included; what is beyond is cut."""
-    eval_size: float = 0.1
+    eval_size: int | float = 0.1
     """Examples held out: a share below 1, or a number."""
     group_by_length: bool = True
     """Put examples of like length together, which saves padding."""
@@ -92,9 +92,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
 
 def limits(config: DataConfig) -> str:
     names = ("source_max_len", "target_max_len", "max_len")
-    return (
-        ", ".join(f"{n}={getattr(config, n)}" for n in names if getattr(config, n) is not None) or "no limit"
-    )
+    return ", ".join(f"{n}={getattr(config, n)}" for n in names if getattr(config, n) is not None) or "no limit"
 
 
 def tokenize(example: Example, tokenizer: Tokenizer, config: DataConfig, layout: str = "") -> Tokenized:
@@ -127,15 +125,11 @@ def tokenize(example: Example, tokenizer: Tokenizer, config: DataConfig, layout:
     return Tokenized(ids, labels, example.where, example.opening, over > 0, cut)
 
 
-def render(
-    example: Example, tokenizer: Tokenizer, config: DataConfig, layout: str
-) -> tuple[list[int], list[bool]]:
+def render(example: Example, tokenizer: Tokenizer, config: DataConfig, layout: str) -> tuple[list[int], list[bool]]:
     """Ids of a whole example, and for each whether it belongs to a response to learn."""
     if example.prompt is not None and example.response is not None and config.template == "plain":
         if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                "data: this tokenizer has no end-of-text id, so a model could not learn to stop"
-            )
+            raise ConfigError("data: this tokenizer has no end-of-text id, so a model could not learn to stop")
         # Encoded apart, so that the prompt has the ids that it will have when the model is to answer it.
         source, target = tokenizer.encode_pair(example.prompt, example.response)
         if tokenizer.adds_bos and tokenizer.bos_token_id is not None:
@@ -156,7 +150,7 @@ def runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def split(examples: Sequence[Tokenized], size: float, seed: int) -> tuple[list[Tokenized], list[Tokenized]]:
+def split(examples: Sequence[Tokenized], size: int | float, seed: int) -> tuple[list[Tokenized], list[Tokenized]]:
     """Examples to train on and examples held out, both in the file's order; the seed decides which.
 
     Examples that open alike (one question with several answers, or with its follow-ups) stay together: a

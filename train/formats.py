@@ -107,16 +107,16 @@ def misfit(record: Record, names: list[str]) -> str:
     return f"expected keys {' or '.join(known)}; found {listed or 'none'}. Rename the keys in the file"
 
 
-def text_of(record: Record, key: str, needed: bool = True) -> str:
-    """A field's text; only one that is not needed may be absent, null or blank."""
+def text_of(record: Record, key: str, *, optional: bool = False, blank: bool = False) -> str:
+    """A field's text; it may be absent or null only where it is optional, and blank only where that is allowed."""
     value = record.get(key)
-    if value is None and not needed:
+    if value is None and optional:
         return ""
     if key not in record:
         raise ValueError(f"{key} is missing")
     if not isinstance(value, str):
         raise ValueError(f"{key} is {kind(value)}; text is needed")
-    if needed and not value.strip():
+    if not (value.strip() or blank or optional):
         raise ValueError(f"{key} is empty; write one or remove the record")
     return value
 
@@ -135,7 +135,7 @@ ALPACA = (
 
 def read_alpaca(record: Record) -> Example:
     """Instruction, perhaps an input, output; the prompt is the one that Alpaca was trained with."""
-    instruction, given = text_of(record, "instruction"), text_of(record, "input", needed=False)
+    instruction, given = text_of(record, "instruction"), text_of(record, "input", optional=True)
     output = text_of(record, "output")
     if given.strip():
         prompt = ALPACA_INPUT.format(instruction=instruction, input=given)
@@ -154,9 +154,7 @@ def read_pair(record: Record) -> Example:
     A prompt in Guanaco's form, as in OASST1's question files, is also a conversation with its history.
     """
     prompt_key, response_key = next(keys for keys in PAIRS if set(keys) <= record.keys())
-    if record[prompt_key] is None:
-        raise ValueError(f"{prompt_key} is null; text is needed")
-    prompt, response = text_of(record, prompt_key, needed=False), text_of(record, response_key)
+    prompt, response = text_of(record, prompt_key, blank=True), text_of(record, response_key)
     apart = not prompt or prompt[-1].isspace() or response[0].isspace()
     joined = response if apart else f" {response}"
     if "### Human:" in prompt and prompt.rstrip().endswith("### Assistant:"):
@@ -208,7 +206,8 @@ def read_chat(record: Record) -> Example:
         if not isinstance(role, str) or role not in CHAT_ROLES:
             raise ValueError(f"{key}: turn {number} is by {role!r}; known are {', '.join(CHAT_ROLES)}")
         try:
-            content = text_of(turn, "value" if "value" in turn and "content" not in turn else "content")
+            key_of_text = "value" if "value" in turn and "content" not in turn else "content"
+            content = text_of(turn, key_of_text, blank=True)
         except ValueError as error:
             raise ValueError(f"{key}: turn {number}: {error}") from None
         messages.append({"role": CHAT_ROLES[role], "content": content})
@@ -217,9 +216,7 @@ def read_chat(record: Record) -> Example:
 
 # A new layout is a reader and a row. The first row that fits decides, so the more telling keys come first.
 FORMATS = {
-    "chat": Format(
-        (("messages",), ("conversations",)), read_chat, '{"messages": [{"role", "content"}, ...]}'
-    ),
+    "chat": Format((("messages",), ("conversations",)), read_chat, '{"messages": [{"role", "content"}, ...]}'),
     "alpaca": Format((("instruction", "output"),), read_alpaca, '{"instruction", "input", "output"}'),
     "prompt-completion": Format(PAIRS, read_pair, '{"prompt", "completion"}'),
     "guanaco": Format((("text",),), read_guanaco, '{"text": "### Human: ...### Assistant: ..."}'),

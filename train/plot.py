@@ -6,11 +6,38 @@ drawn as points, since it was measured at single steps.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
 
 from models.errors import ConfigError
 from train.run import read_metrics
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Plot loss and learning rate of one run, or of several in one picture."""
+
+    runs: Positional[tuple[str, ...]]
+    """Directories of runs."""
+    out: str | None = None
+    """The picture, without its ending: .png and .svg are written; by default the first run's plots/loss."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+def command(options: PlotOptions, console: "Console") -> dict[str, Any]:
+    if not options.runs:
+        raise ConfigError("there is no run to plot; name one or more run directories")
+    target = Path(options.out or Path(options.runs[0]) / "plots" / "loss.png")
+    files = [str(path) for path in plot_runs(options.runs, target)]
+    console.print(f"wrote {' and '.join(files)}")
+    return {"files": files}
 
 
 def plot_runs(runs: Sequence[Path | str], target: Path | str) -> list[Path]:

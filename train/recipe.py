@@ -48,9 +48,7 @@ class RunConfig(LoopConfig):
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, not {self.seed}")
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
-            raise ValueError(
-                f"name must be a plain name without slashes, not {self.name!r}; out takes a path"
-            )
+            raise ValueError(f"name must be a plain name without slashes, not {self.name!r}; out takes a path")
         super().__post_init__()
 
     def directory(self) -> Path:

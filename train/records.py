@@ -59,9 +59,7 @@ def json_lines(text: str) -> Iterator[tuple[int, Any]]:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 cut = number == len(lines) > 1
-                hint = (
-                    "the file ends in the middle of this record" if cut else "one record a line is expected"
-                )
+                hint = "the file ends in the middle of this record" if cut else "one record a line is expected"
                 value = ValueError(f"is not JSON ({reason(error)}); {hint}")
             yield number, value
 
@@ -84,9 +82,7 @@ def json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         place = space(text, place)
         if text[place : place + 1] not in (",", "]"):
             at = line + text.count("\n", counted, place)
-            raise DataError(
-                f"data: {path}:{at}: expected a comma or ] after a record; the file may be cut off"
-            )
+            raise DataError(f"data: {path}:{at}: expected a comma or ] after a record; the file may be cut off")
         closed, place = text[place] == "]", place + 1
 
 
@@ -126,6 +122,4 @@ def kind(value: Any) -> str:
     """What a JSON value is, in a person's words."""
     if value is None:
         return "null"
-    return {bool: "a truth value", str: "a text", list: "a list", dict: "an object"}.get(
-        type(value), "a number"
-    )
+    return {bool: "a truth value", str: "a text", list: "a list", dict: "an object"}.get(type(value), "a number")

@@ -43,9 +43,7 @@ def update(
     counts = [int(model.label_count(batch["labels"])) for batch in micro_batches]
     labels = sum(counts)
     if not labels:
-        raise DataError(
-            f"step {number}: none of its {len(micro_batches)} batches has a label token to learn from"
-        )
+        raise DataError(f"step {number}: none of its {len(micro_batches)} batches has a label token to learn from")
 
     loss = torch.zeros((), device=device)
     for batch, count in zip(micro_batches, counts, strict=True):
