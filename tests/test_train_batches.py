@@ -95,3 +95,9 @@ def test_grouped_batches_still_mix_differently_every_epoch():
 def test_an_impossible_batch_size_is_refused():
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         Batches([], 0, 0)
+
+
+def test_grouped_batches_come_in_no_order_of_length():
+    examples = made(range(2, 202))
+    widths = [batch["input_ids"].shape[1] for batch in Batches(examples, 4, 0, 5, group_by_length=True).epoch(0)]
+    assert widths not in (sorted(widths), sorted(widths, reverse=True))

@@ -162,6 +162,11 @@ def test_a_byte_order_mark_windows_ends_and_line_separators_in_texts_are_accepte
     assert [e.prompt for e in examples] == ["a b", "d"]
 
 
+def test_windows_ends_within_a_cell_become_newlines(file):
+    examples, _ = read_examples(file('prompt,completion\r\na,"b\r\nc"\r\n', "my.csv"))
+    assert examples[0].messages == (user("a"), assistant("b\nc"))
+
+
 def test_a_field_of_ten_megabytes_is_read(file):
     long = "word " * 2_000_000
     assert len(read_examples(file([{"prompt": "a", "completion": long}]))[0][0].response or "") > 10_000_000
