@@ -38,7 +38,7 @@ class _Head:
             raise CheckpointError(f"{self.path}: GGUF version {version} cannot be read; 2 and 3 can")
         self.scalar("Q")  # the number of tensors
         pairs = self.scalar("Q")
-        self.fits(pairs, 13)  # a key's length, a type and a byte
+        self.fits(pairs, 13)  # the least: the length of a key, a type and a byte
         metadata = {}
         for _ in range(pairs):
             key = self.string()
@@ -54,7 +54,7 @@ class _Head:
         item, count = self.scalar("I"), self.scalar("Q")
         if item == STRING:
             self.fits(count, 8)
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         letter = self.format(item)
         self.fits(count, struct.calcsize(letter))
         return list(struct.unpack(f"<{count}{letter}", self.take(count * struct.calcsize(letter))))
@@ -68,7 +68,20 @@ class _Head:
         return struct.unpack(f"<{letter}", self.take(struct.calcsize(letter)))[0]
 
     def string(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """The next strings, in one loop: a vocabulary has a hundred thousand."""
+        found, size, read = [], self.size, self.file.read
+        for _ in range(count):
+            length = int.from_bytes(read(8), "little")
+            data = read(min(length, size))
+            if len(data) < length:
+                raise CheckpointError(
+                    f"{self.path}: the GGUF head ends within a string; the file is truncated"
+                )
+            found.append(data.decode("utf-8", errors="replace"))
+        return found
 
     def take(self, count: int) -> bytes:
         self.fits(count, 1)  # a damaged length must not reserve memory

@@ -18,8 +18,8 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     """The tokenizer of a checkpoint directory, a tokenizer file or a .gguf file.
 
     A directory is searched for `tokenizer.model` (SentencePiece, or Llama 3's tiktoken format),
-    `spiece.model`, `tokenizer.json`, `vocab.json` + `merges.txt`, `encoder.json` + `vocab.bpe` (with fairseq's
-    `dict.txt` RoBERTa's ids), in this order. The path of a checkpoint's weights stands for their directory.
+    `spiece.model`, `tokenizer.json`, `vocab.json` + `merges.txt`, `encoder.json` + `vocab.bpe` (RoBERTa's ids
+    with fairseq's `dict.txt`), in this order. The path of a checkpoint's weights stands for their directory.
     """
     files, where = read_tokenizer_files(Path(path))
     return Tokenizer(tokenizer_parts(files, where))

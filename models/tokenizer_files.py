@@ -295,7 +295,7 @@ def _check_ids(vocab: dict[str, Any], special: dict[str, Any]) -> None:
 def _json(files: dict[str, bytes], name: str, where: Path) -> dict[str, Any]:
     """A file's table, empty where there is no such file."""
     with _refusing(where, name):
-        content = json.loads(files.get(name, b"{}"))
+        content = json.loads(files.get(name, b"{}").decode("utf-8-sig"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} where a table is expected")
         return content

@@ -5,5 +5,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["nf4", "kernels", "models", "eval", "train"], "beartype.beartype")
 
-settings.register_profile("qlora", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "qlora", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("qlora")

@@ -1,9 +1,9 @@
 """Cut the released vocabularies down to what the tests need: `python derive.py ASSETS`.
 
-A few rows of expected ids are kept, and of each vocabulary the bytes, the special tokens, the first 1,000 merges
-and every merge that those rows use, all with their released ids. A merge that no row uses cannot change a
-row by its absence, so the rows' ids remain those of the full vocabulary. Of RoBERTa's dictionary the first 3,000 lines
-are kept; the ids of the others become <unk>.
+A few rows of expected ids are kept, and of each vocabulary the bytes, the special tokens, the first 1,000
+merges and every merge that those rows use, all with their released ids. A merge that no row uses cannot
+change a row by its absence, so the rows' ids remain those of the full vocabulary. Of RoBERTa's dictionary
+the first 3,000 lines are kept; the ids of the others become <unk>.
 """
 
 import json
