@@ -60,7 +60,7 @@ class ByteLevelBPE:
 
     def decode(self, ids: Iterable[int], names: dict[int, str]) -> str:
         """The text of ids, with `names` for those given there; broken UTF-8 shows as U+FFFD."""
-        tokens = (names[id].encode() if id in names else self.bytes_of[id] for id in ids)
+        tokens = (names[id].encode(errors="replace") if id in names else self.bytes_of[id] for id in ids)
         return b"".join(tokens).decode("utf-8", errors="replace")
 
     @cached_property

@@ -26,7 +26,7 @@ STYLES = ("chatml", "guanaco")
 
 def render_chat(
     tokenizer: Tokenizer,
-    messages: Sequence[dict[str, Any]],
+    messages: Sequence[Any],
     style: str | None = None,
     add_generation_prompt: bool = False,
 ) -> tuple[list[int], list[bool]]:
@@ -113,10 +113,12 @@ def _guanaco(
     return out.ids, out.trained
 
 
-def _check(messages: Sequence[dict[str, Any]]) -> None:
+def _check(messages: Sequence[Any]) -> None:
     if not messages:
         raise DataError("a chat has no messages; at least one from the user is needed")
     for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise DataError(f"message {number} is a {type(message).__name__} where a table is expected")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise DataError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")

@@ -74,9 +74,10 @@ class _Head:
         """The next strings, in one loop: a vocabulary has a hundred thousand."""
         found, size, read = [], self.size, self.file.read
         for _ in range(count):
-            length = int.from_bytes(read(8), "little")
+            prefix = read(8)
+            length = int.from_bytes(prefix, "little")
             data = read(min(length, size))
-            if len(data) < length:
+            if len(prefix) < 8 or len(data) < length:
                 raise CheckpointError(
                     f"{self.path}: the GGUF head ends within a string; the file is truncated"
                 )

@@ -19,7 +19,7 @@ from models.bpe import ByteLevelBPE, guess_pattern, merge_ranks, token_ids, unme
 from models.errors import CheckpointError
 from models.spm import SentencePieces
 from models.tokenizer_gguf import gguf_tokenizer_files
-from models.tokenizer_json import read_tokenizer_json, split_merges
+from models.tokenizer_json import check_ids, read_tokenizer_json, split_merges
 
 VOCABULARIES = (
     ("tokenizer.model",),
@@ -41,7 +41,6 @@ FAMILIES = (
 )
 
 T5_SENTINELS = 100  # <extra_id_0> to <extra_id_99>, not in its SentencePiece file
-ID_LIMIT = 2**31
 
 
 @dataclass
@@ -108,15 +107,15 @@ def tokenizer_parts(files: dict[str, bytes], where: Path) -> TokenizerParts:
         content = _json(files, "tokenizer.json", where)
         with _refusing(where, "tokenizer.json"):
             vocab, merges, pattern, special = read_tokenizer_json(content)
-            _check_ids(vocab, special)
             pieces = ByteLevelBPE(merge_ranks(vocab, merges), token_ids(vocab), pattern)
     else:
         pieces, special = _vocabulary_and_merges(files, group, where)
 
+    with _refusing(where, group[0]):
+        if isinstance(pieces, ByteLevelBPE) and not pieces.ids:
+            raise ValueError("its vocabulary is empty")
     with _refusing(where, "tokenizer_config.json or added_tokens.json"):
-        added = _added_tokens(settings)
-        _check_ids({}, added)
-    special = special | added
+        special = special | _added_tokens(settings)
     special = dict(sorted(special.items(), key=lambda item: item[1]))
 
     families = (f for f in FAMILIES if f["bos"] in special)
@@ -141,7 +140,7 @@ def _vocabulary_and_merges(
     """GPT-2's two files; with fairseq's dictionary, which renumbers them, RoBERTa's ids."""
     vocab = _json(files, group[0], where)
     with _refusing(where, group[0]):
-        _check_ids(vocab, {})
+        check_ids(vocab, {})
     with _refusing(where, group[1]):
         lines = files[group[1]].decode().replace("\r\n", "\n").split("\n")
         merges = split_merges([line for line in lines if line and not line.startswith("#version")])
@@ -199,7 +198,7 @@ def _t5_sentinels(pieces: SentencePieces, config: dict[str, Any]) -> dict[str, i
     """T5's 100 sentinels lie above its vocabulary, the first one highest; its roles tell a T5 from others."""
     is_t5 = pieces.roles == {"bos": -1, "eos": 1, "pad": 0, "unk": 2}
     count = config.get("extra_ids", T5_SENTINELS if is_t5 else 0)
-    if not isinstance(count, int) or not 0 <= count < ID_LIMIT - pieces.size:
+    if not isinstance(count, int) or not 0 <= count <= 10_000:
         raise ValueError(f'"extra_ids" in tokenizer_config.json is {count}; a count of tokens is expected')
     if pieces.processor.piece_to_id("<extra_id_0>") != pieces.unk_id:  # it has sentinels of its own
         return {}
@@ -219,6 +218,7 @@ def _added_tokens(settings: Mapping[str, dict[str, Any]]) -> dict[str, int]:
                 f'"added_tokens_decoder" has "{id}": {str(token)[:80]}; an id and a token are expected'
             )
         added[name] = int(id)
+    check_ids({}, added)
     return added
 
 
@@ -262,14 +262,14 @@ def _files_to_save(
     name_of = {id: name for name, id in special.items()}
     named = {f"{role}_token": None if id is None else name_of[id] for role, id in roles.items()}
     config = settings["tokenizer_config.json"] | named
-    return kept | {"tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1).encode()}
+    return kept | {"tokenizer_config.json": json.dumps(config, indent=1).encode()}
 
 
 def _chat_template(config: dict[str, Any]) -> str | None:
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None
 
 
@@ -277,19 +277,6 @@ def _token_name(token: Any) -> str | None:
     """A token is written as its text or as a record with its text."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
-
-
-def _check_ids(vocab: dict[str, Any], special: dict[str, Any]) -> None:
-    """Ids are distinct whole numbers, and a special token has its own."""
-    for token, id in (*vocab.items(), *special.items()):
-        if type(id) is not int or not 0 <= id < ID_LIMIT:
-            raise ValueError(f'token "{token}" has the id {id!r}; a whole number from 0 is expected')
-    token_of = {id: token for token, id in vocab.items()}
-    if len(token_of) < len(vocab):
-        raise ValueError(f"{len(vocab) - len(token_of)} of its {len(vocab)} tokens share an id with another")
-    for token, id in special.items():
-        if token_of.get(id, token) != token or vocab.get(token, id) != id:
-            raise ValueError(f'added token "{token}" has the id {id}, but the vocabulary says otherwise')
 
 
 def _json(files: dict[str, bytes], name: str, where: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import models
 from models import bpe
 from models.errors import CheckpointError
-from models.tokenizer_json import write_tokenizer_json
+from models.tokenizer_json import split_merges, write_tokenizer_json
 
 DATA = Path(__file__).parent / "data" / "tokenizers"
 ROWS = [json.loads(line) for line in (DATA / "expected.jsonl").read_text().splitlines()]
@@ -98,7 +98,9 @@ def made(kind: str) -> Path:
         }[kind]
         (place / "tokenizer.json").write_text(json.dumps(content))
     elif kind == "llama3":
-        ranks = loaded("gpt2").pieces.ranks  # 256 bytes first, then merges: a tiktoken file in miniature
+        pieces = loaded("gpt2").pieces
+        assert isinstance(pieces, bpe.ByteLevelBPE)
+        ranks = pieces.ranks  # 256 bytes first, then merges: a tiktoken file in miniature
         lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in ranks.items()]
         (place / "tokenizer.model").write_text("\n".join(lines) + "\n")
     elif kind in ("gguf", "gguf-small"):
@@ -135,24 +137,24 @@ def train_sentencepiece(**options) -> bytes:
 def smollm2_files() -> tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]:
     vocab = json.loads((DATA / "smollm2/vocab.json").read_text())
     lines = (DATA / "smollm2/merges.txt").read_text().split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line]
+    merges = split_merges([line for line in lines if line])
     return vocab, merges, {token: id for token, id in vocab.items() if id <= 16}
 
 
 def gpt2_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
     vocab = json.loads((DATA / "gpt2/encoder.json").read_text())
     lines = (DATA / "gpt2/vocab.bpe").read_text().split("\n")[1:]
-    return vocab, [tuple(line.split(" ")) for line in lines if line]
+    return vocab, split_merges([line for line in lines if line])
 
 
-def write_smollm2_gguf(path: Path, pre: str = "smollm", **changes) -> None:
+def write_smollm2_gguf(path: Path, **changes) -> None:
     vocab, pairs, _ = smollm2_files()
     count = changes.get("count", max(vocab.values()) + 1)
     token_of = {id: token for token, id in vocab.items()}
     merges = [f"{left} {right}" for left, right in pairs if vocab[left + right] < count]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(changes.get("model", "gpt2"))
-    writer.add_tokenizer_pre(pre)
+    writer.add_tokenizer_pre(changes.get("pre", "smollm"))
     writer.add_token_list([token_of.get(id, f"<unused_{id}>") for id in range(count)])
     writer.add_token_types([3 if id <= 16 else 1 if id in token_of else 5 for id in range(count)])
     writer.add_token_merges(changes.get("merges", merges))
@@ -373,7 +375,8 @@ def test_known_special_tokens():
 
 def test_llama3_has_its_256_special_tokens_after_the_ranks():
     tokenizer = loaded("llama3")
-    first = tokenizer.bos_token_id
+    first = tokenizer.special_tokens["<|begin_of_text|>"]
+    assert tokenizer.bos_token_id == first
     assert (tokenizer.vocab_size, len(tokenizer.special_tokens)) == (first + 256, 256)
     assert tokenizer.eos_token_id == first + 1
     special = tokenizer.special_tokens
@@ -390,8 +393,8 @@ def test_t5_sentinels_lie_above_the_vocabulary_the_first_highest():
     tokenizer = loaded("t5")
     top = tokenizer.vocab_size - 1
     assert tokenizer.special_tokens["<extra_id_0>"] == top
-    assert tokenizer.special_tokens["<extra_id_99>"] == top - 99 == tokenizer.pieces.size
-    ids = [*tokenizer.encode("the cat"), top, *tokenizer.encode("on a mat"), top - 1, tokenizer.eos_token_id]
+    assert tokenizer.special_tokens["<extra_id_99>"] == top - 99
+    ids = [*tokenizer.encode("the cat"), top, *tokenizer.encode("on a mat"), top - 1, 1]
     assert tokenizer.decode(ids) == "the cat on a mat"
     assert tokenizer.decode(ids, skip_special=False) == "the cat<extra_id_0> on a mat<extra_id_1></s>"
 
@@ -640,6 +643,50 @@ def test_a_truncated_or_damaged_file_loads_or_is_refused_and_nothing_else(file, 
     except CheckpointError:
         return
     tokenizer.decode(tokenizer.encode("the cat 12 🦙"))
+
+
+KEYS = (
+    "model",
+    "type",
+    "vocab",
+    "merges",
+    "added_tokens",
+    "pre_tokenizer",
+    "pretokenizers",
+    "normalizer",
+    "id",
+)
+KEYS += ("content", "chat_template", "name", "default", "template", "eos_token", "pad_token", "eos_token_id")
+KEYS += ("extra_ids", "added_tokens_decoder", "0", "40", "<|im_end|>", "BPE", "ByteLevel")
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS) | st.text(), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vocab.json", "tokenizer.json", "added_tokens.json", "tokenizer_config.json", "config.json"],
+)
+@given(value=json_values, inside=st.sampled_from(KEYS) | st.none())
+def test_any_json_in_place_of_a_file_loads_or_is_refused_and_nothing_else(name, value, inside):
+    kind = "json-smollm" if name == "tokenizer.json" else "smollm2"
+    where = scratch() / "strange" / name
+    if not where.exists():
+        shutil.copytree(made(kind), where)
+    if inside is not None:  # one part of a sound file
+        content = json.loads((made(kind) / name).read_text()) if (made(kind) / name).exists() else {}
+        value = content | {inside: value}
+    (where / name).write_text(json.dumps(value))
+    try:
+        tokenizer = models.load_tokenizer(where)
+    except CheckpointError:
+        return
+    tokenizer.decode(tokenizer.encode("the cat 12 🦙"))
+    models.save_tokenizer(tokenizer, where / "saved")
 
 
 # ---- the full vocabularies
