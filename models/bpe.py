@@ -22,10 +22,10 @@ PATTERNS = {
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
-# tiktoken's regular expressions give up on half a million spaces in a row, and older releases take quadratic time
-# for one long word, so a text is handed over in chunks. All patterns end a word where a letter or digit is
-# followed by something else, so a chunk that ends there changes no id; only a run without such a place (as
-# long as half this number of characters) is cut by force.
+# tiktoken's regular expressions give up on half a million spaces in a row, and older releases take quadratic
+# time for one long word, so a text is handed over in chunks. All patterns end a word where a letter or digit
+# is followed by something else, so a chunk that ends there changes no id; only a run without such a place,
+# half as long as this number of characters, is cut by force.
 CHUNK = 16384
 WORD_END = re.compile(r"[^\W_](?=[\W_])")
 
@@ -58,7 +58,7 @@ class ByteLevelBPE:
 
     def decode(self, ids: Iterable[int], names: dict[int, str]) -> str:
         """The text of ids, with `names` for those given there; broken UTF-8 shows as U+FFFD."""
-        tokens = (names[id].encode() if id in names else self.bytes_of[id] for id in ids)
+        tokens = (names[id].encode(errors="replace") if id in names else self.bytes_of[id] for id in ids)
         return b"".join(tokens).decode("utf-8", errors="replace")
 
     @cached_property
@@ -148,7 +148,7 @@ def spelled_bytes(token: str) -> bytes | None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 characters stand for themselves, the others from U+0100 on."""
+    """GPT-2's spelling of bytes: printable Latin-1 characters as themselves, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

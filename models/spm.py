@@ -1,8 +1,8 @@
 """SentencePiece models (LLaMA, T5), and how one is built from the pieces and scores of a GGUF file.
 
-A `.model` file is one protocol-buffer message: pieces with scores and kinds, how it was trained, and how text
-is normalised first. The sentencepiece library does the work; here it is kept from bad input, and the few fields
-that a GGUF file holds are written in the same wire format (protobuf itself is not needed for that).
+A `.model` file is one protocol-buffer message: pieces with scores and kinds, how it was trained, and how
+text is normalised first. The sentencepiece library does the work; here it is kept from bad input, and the few
+fields that a GGUF file holds are written in the same wire format, for which protobuf is not needed.
 """
 
 import struct
@@ -55,7 +55,7 @@ class SentencePieces:
     def _decode_run(self, run: list[int], first: bool) -> str:
         if not run:
             return ""
-        # the library takes off the space that encoding put first; after a special token it is part of the text
+        # the library takes off the space that encoding put first; after a special token it is text
         space = " " if not first and self.processor.id_to_piece(run[0]).startswith(SPACE) else ""
         return space + self.processor.decode(run)
 
@@ -69,7 +69,7 @@ def build_model(
     add_dummy_prefix: bool = True,
     remove_extra_whitespaces: bool = False,
 ) -> bytes:
-    """A SentencePiece model file of the BPE kind with these pieces; `roles` gives unk, bos, eos and pad ids."""
+    """A SentencePiece model file of the BPE kind with these pieces; `roles` has unk, bos, eos and pad ids."""
     trainer = _number(3, BPE_MODEL) + _number(35, int(BYTE in kinds))  # model_type, byte_fallback
     for field, role in ((40, "unk"), (41, "bos"), (42, "eos"), (43, "pad")):
         trainer += _number(field, roles.get(role, -1))
@@ -99,7 +99,7 @@ def _varint(value: int) -> bytes:
 
 
 def _fields(model: bytes) -> set[int]:
-    """Numbers of the fields that a message holds in full, all of which are chunks in a SentencePiece model."""
+    """Numbers of the fields that a message holds in full; in a SentencePiece model all are chunks."""
     return set(_walk(model))
 
 

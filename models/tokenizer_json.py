@@ -1,7 +1,8 @@
 """`tokenizer.json`, the single-file format of byte-level BPE tokenizers, read and written.
 
-It holds a vocabulary, merges, added (special) tokens, and a tree of steps that cut the text. Only the three trees
-that stand for the patterns of `models/bpe.py` are known; anything else would give wrong ids, so it is refused.
+It holds a vocabulary, merges, added (special) tokens, and a tree of steps that cut the text. Only the three
+trees that stand for the patterns of `models/bpe.py` are known; with another the ids would be wrong, so it is
+refused.
 """
 
 import json
@@ -9,6 +10,7 @@ from typing import Any
 
 from models.bpe import PATTERNS
 
+ID_LIMIT = 2**31
 DIGITS = {"type": "Digits", "individual_digits": True}
 
 
@@ -36,14 +38,13 @@ def read_tokenizer_json(
     if not isinstance(vocab, dict) or not isinstance(merges, list):
         raise ValueError('its model lacks "vocab" or "merges"')
     added = content.get("added_tokens") or []
-    if not isinstance(added, list) or not all(isinstance(t, dict) and {"id", "content"} <= t.keys() for t in added):
+    if not isinstance(added, list) or not all(
+        isinstance(t, dict) and "id" in t and isinstance(t.get("content"), str) for t in added
+    ):
         raise ValueError('"added_tokens" is not a list of records with "id" and "content"')
-    return (
-        vocab,
-        split_merges(merges),
-        _pattern(content.get("pre_tokenizer")),
-        {t["content"]: t["id"] for t in added},
-    )
+    special = {token["content"]: token["id"] for token in added}
+    check_ids(vocab, special)
+    return vocab, split_merges(merges), _pattern(content.get("pre_tokenizer")), special
 
 
 def split_merges(merges: list[Any]) -> list[tuple[str, str]]:
@@ -55,6 +56,19 @@ def split_merges(merges: list[Any]) -> list[tuple[str, str]]:
             raise ValueError(f"merge {line} is {_short(merge)}; two tokens with one space between are expected")
         pairs.append((parts[0], parts[1]))
     return pairs
+
+
+def check_ids(vocab: dict[str, Any], special: dict[str, Any]) -> None:
+    """Ids are distinct whole numbers, and a special token has its own."""
+    for token, id in (*vocab.items(), *special.items()):
+        if type(id) is not int or not 0 <= id < ID_LIMIT:
+            raise ValueError(f'token "{token}" has the id {id!r}; a whole number from 0 is expected')
+    token_of = {id: token for token, id in vocab.items()}
+    if len(token_of) < len(vocab):
+        raise ValueError(f"{len(vocab) - len(token_of)} of its {len(vocab)} tokens share an id with another")
+    for token, id in special.items():
+        if token_of.get(id, token) != token or vocab.get(token, id) != id:
+            raise ValueError(f'added token "{token}" has the id {id}, but the vocabulary says otherwise')
 
 
 def write_tokenizer_json(

@@ -18,20 +18,27 @@ BOS, EOS, START, END = 256, 257, 258, 259
 DEMO = Path(__file__).parent.parent / "train" / "demo_data" / "oasst1_english.jsonl"
 
 
-class ByteVocabulary:
-    """Every byte is a token."""
+class ByteTokenizer(Tokenizer):
+    """Every byte is a token; special tokens lie above."""
 
-    def encode(self, text):
-        return list(text.encode())
+    adds_bos = False
 
-    def decode(self, ids, names):
+    def __init__(self, special, adds_bos, pad, eos):
+        self.special_tokens, self.adds_bos = special, adds_bos
+        self.bos_token_id, self.eos_token_id, self.pad_token_id, self.unk_token_id = BOS, eos, pad, None
+        self.starts_with_space, self.chat_template, self.vocab_size = False, None, 260
+
+    def encode(self, text, bos=False, eos=False):
+        return [BOS] * bos + list(text.encode()) + [EOS] * eos
+
+    def decode(self, ids, skip_special=True):
+        names = {i: "" if skip_special else name for name, i in self.special_tokens.items()}
         return b"".join(names[i].encode() if i in names else bytes([i]) for i in ids).decode("utf-8", "replace")
 
 
 def byte_tokenizer(*, chatml=False, adds_bos=False, pad=None, eos=EOS):
     special = {"<s>": BOS, "</s>": EOS} | ({"<|im_start|>": START, "<|im_end|>": END} if chatml else {})
-    roles = {"bos": BOS, "eos": eos, "pad": pad, "unk": None}
-    return Tokenizer(ByteVocabulary(), 256, special, roles, adds_bos=adds_bos, chat_template=None, files={})
+    return ByteTokenizer(special, adds_bos, pad, eos)
 
 
 PLAIN, LLAMA, CHATML = byte_tokenizer(), byte_tokenizer(adds_bos=True), byte_tokenizer(chatml=True, pad=EOS)

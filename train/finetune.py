@@ -13,7 +13,7 @@ from models import ConfigError, Llama, attach_lora, load, save_adapter
 from models.device import pick_device, pick_dtype
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.batches import Batches
-from train.data import Dataset, load_data, preview
+from train.data import Dataset, load_data, padding_id, preview
 from train.loop import TrainResult, train
 from train.recipe import RunConfig
 from train.run import Run
@@ -43,14 +43,14 @@ class Finetuning:
 
     def held_out(self) -> dict[str, float]:
         """Loss on the examples held out; the loop writes it down before, during and after training."""
-        batches = Batches(self.data.held_out, self.config.batch_size, self.pad_id, group_by_length=True)
+        batches = Batches(self.data.held_out, self.config.batch_size, padding_id(self.tokenizer), group_by_length=True)
         result = held_out_loss(self.model, batches.epoch(0))
         return {"loss": result.loss, "labels": result.tokens}
 
     def train(self) -> TrainResult:
         """Run the loop, then write the adapter and check what was written."""
         config, data = self.config, self.config.data
-        batches = Batches(self.data.train, config.batch_size, self.pad_id, data.seed, data.group_by_length)
+        batches = Batches(self.data.train, config.batch_size, padding_id(self.tokenizer), data.seed, data.group_by_length)
         with self.run:
             result = train(
                 self.model,
@@ -65,11 +65,6 @@ class Finetuning:
             if result.status == "done":
                 self.run.status("done")
         return result
-
-    @property
-    def pad_id(self) -> int:
-        """What fills short rows; the mask and the labels, not this id, say that nothing is there."""
-        return self.tokenizer.pad_token_id or 0
 
 
 def prepare(config: RunConfig) -> Finetuning:
