@@ -84,7 +84,17 @@ FAST = OptimizerConfig(learning_rate=0.05, max_grad_norm=100.0)
 CONFIG = LoopConfig(accumulation=4, max_steps=5, optimizer=FAST)
 
 
-def a_run(tmp_path, config=CONFIG, name="run", model=None, batches=None, seed=1, held_out=None, **options):
+def a_run(
+    tmp_path,
+    config=CONFIG,
+    name="run",
+    model=None,
+    batches=None,
+    seed=1,
+    held_out=None,
+    quiet=True,
+    **options,
+):
     """Train a toy; give (result, run, model)."""
     seed_everything(seed)
     model = model or Toy()
@@ -92,7 +102,7 @@ def a_run(tmp_path, config=CONFIG, name="run", model=None, batches=None, seed=1,
         options["eval_fn"] = lambda: heldout_loss(model, Rows(held_out, size=3, shuffle=False).epoch(0))
     run = Run.create(tmp_path / name, config)
     return (
-        train(model, Rows(ROWS) if batches is None else batches, config, run, **{"quiet": True, **options}),
+        train(model, Rows(ROWS) if batches is None else batches, config, run, quiet=quiet, **options),
         run,
         model,
     )
@@ -282,9 +292,9 @@ class Breaks(Toy):
         super().__init__()
         self.calls, self.call, self.value = 0, call, value
 
-    def loss(self, **batch):
+    def loss(self, input_ids, attention_mask, labels):
         self.calls += 1
-        loss = super().loss(**batch)
+        loss = super().loss(input_ids, attention_mask, labels)
         if self.calls != self.call:
             return loss
         if self.value == "gradient":
@@ -370,11 +380,11 @@ class Signals(Toy):
         super().__init__()
         self.calls, self.seen = calls, 0
 
-    def loss(self, **batch):
+    def loss(self, input_ids, attention_mask, labels):
         self.seen += 1
         if self.seen in self.calls:
             os.kill(os.getpid(), self.number)
-        return super().loss(**batch)
+        return super().loss(input_ids, attention_mask, labels)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
