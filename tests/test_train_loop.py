@@ -230,6 +230,17 @@ def test_evaluating_does_not_change_the_training(tmp_path):
     assert train_lines(plain) == train_lines(watched)
 
 
+def test_an_evaluation_that_leaves_dropout_off_does_not_leave_it_off_in_training(tmp_path):
+    model = Toy()
+
+    def careless():
+        model.eval()
+        return {"loss": 1.0}
+
+    a_run(tmp_path, model=model, eval_fn=careless)
+    assert model.training
+
+
 def test_the_rate_of_the_schedule_is_the_rate_of_the_step(tmp_path):
     config = replace(CONFIG, optimizer=replace(FAST, warmup_steps=2, schedule="cosine", eps=1e-30))
     _, run, _ = a_run(tmp_path, config)
