@@ -118,5 +118,5 @@ def _check(messages: Sequence[Any]) -> None:
             raise DataError(f"message {number} has the role {role!r}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise DataError(f'message {number} ({role}) has no text: "content" is {content!r:.80}')
-        if role != "system" and not content.strip():
+        if role == "assistant" and not content.strip():
             raise DataError(f"message {number} ({role}) is empty")

@@ -67,14 +67,18 @@ class Settings:
     """The adapter."""
     outer: Outer = Outer(c=7)
     """Two levels down."""
+    seed: int = 42
+    """Where random numbers start."""
     overwrite: bool = field(default=False, metadata={"saved": False})
     """For one call only."""
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, not {self.seed}")
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"epochs must be above 0, not {self.epochs}")
         if (self.max_steps is None) == (self.epochs is None):
-            raise ValueError("set exactly one of max_steps and epochs")
+            raise ValueError(f"set one of max_steps and epochs; got {self.max_steps}, {self.epochs}")
 
 
 BASE = ["--model", "m", "--max-steps", "5"]
@@ -239,10 +243,19 @@ def test_everything_wrong_in_a_file_is_listed_at_once(toml):
 
 def test_a_rule_over_two_settings_names_where_they_came_from(toml):
     path = toml('model = "m"\nmax_steps = 5\n')
-    assert "set exactly one of max_steps and epochs" in problems(Settings, "--model", "m")
-    text = problems(Settings, "--config", path, "--epochs", "1")
-    assert "--epochs" in text
-    assert path in text
+    rule = "set one of max_steps and epochs; got"
+    assert problems(Settings, "--model", "m") == f"{rule} None, None"
+    assert problems(Settings, "--config", path, "--epochs", "1") == f"{path}, --epochs: {rule} 5, 1.0"
+
+
+def test_a_rule_over_two_settings_is_listed_beside_an_impossible_third(toml):
+    path = toml("max_steps = 5\nepochs = 1\nseed = -1\n[lora]\nrank = 0\n")
+    assert problems(Settings, "--config", path, "--model", "m").splitlines() == [
+        "3 problems in the settings:",
+        f"  {path}: lora.rank: rank must be at least 1, not 0",
+        f"  {path}: seed: seed must not be negative, not -1",
+        f"  {path}: set one of max_steps and epochs; got 5, 1.0",
+    ]
 
 
 def test_an_impossible_flag_is_a_config_error_naming_the_flag():

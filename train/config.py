@@ -157,13 +157,10 @@ def build(cls: type[C], values: Values, prefix: str, origins: dict[str, str], pr
         return cls(**arguments)
     except ValueError as error:
         for name, message in impossible(cls, arguments, str(error)):
-            key = f"{prefix}{name}" if name else prefix.rstrip(".")
-            where = (
-                [origins[key]] if key in origins else sorted({o for k, o in origins.items() if k.startswith(prefix)})
-            )
-            label = ", ".join(where)
-            shown = [label, key] if not label.startswith("--") else [label]
-            problems.append(": ".join([*filter(None, shown), message]))
+            named = [name] if name else [field for field in arguments if field in message]
+            where = dict.fromkeys(origins[prefix + field] for field in named if prefix + field in origins)
+            key = "" if any(origin.startswith("--") for origin in where) else f"{prefix}{name}".rstrip(".")
+            problems.append(": ".join(filter(None, [", ".join(where), key, message])))
         return MISSING
 
 
@@ -185,7 +182,11 @@ def impossible(cls: Callable[..., Any], arguments: Values, joint: str) -> list[t
     empty = refused(required)
     alone = [(name, refused({**required, name: value})) for name, value in arguments.items()]
     found = [(name, message) for name, message in alone if message not in ("", empty)]
-    return found if joint in [message for _, message in found] else [*found, ("", joint)]
+    if not found:
+        return [("", joint)]
+    wrong = dict(found).keys() - required.keys()
+    rest = refused({name: value for name, value in arguments.items() if name not in wrong})
+    return found if rest in ("", empty, *dict(found).values()) else [*found, ("", rest)]
 
 
 def default_of(field: Field, otherwise: Any) -> Any:

@@ -50,7 +50,9 @@ class Finetuning:
     def train(self) -> TrainResult:
         """Run the loop, then write the adapter and check what was written."""
         config, data = self.config, self.config.data
-        batches = Batches(self.data.train, config.batch_size, padding_id(self.tokenizer), data.seed, data.group_by_length)
+        batches = Batches(
+            self.data.train, config.batch_size, padding_id(self.tokenizer), data.seed, data.group_by_length
+        )
         with self.run:
             result = train(
                 self.model,

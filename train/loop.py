@@ -27,8 +27,8 @@ from train.step import Batch, update
 class Batches(Sized, Protocol):
     """Micro-batches in an order that the epoch's number alone decides; len() is their number in an epoch."""
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """Give the micro-batches of an epoch, counted from 0."""
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Give the micro-batches of an epoch, counted from 0, from position `start` on."""
         ...
 
 
@@ -196,7 +196,7 @@ def accumulated(batches: Batches, accumulation: int, state: LoopState, total: in
     A step never spans two epochs.
     """
     while state.step < total:
-        epoch = islice(batches.epoch(state.epoch), state.batch, None)
+        epoch = iter(batches.epoch(state.epoch, state.batch))
         while state.step < total and (group := list(islice(epoch, accumulation))):
             state.batch += len(group)
             yield group
