@@ -103,7 +103,7 @@ class Tokenizer:
 
         Ids may stop within a character, as they do while text is generated: it shows as U+FFFD.
         """
-        ids = list(ids)
+        ids = [int(id) for id in ids]  # the numbers of an array or tensor too
         for id in ids:
             if id not in self._ids:
                 raise ValueError(

@@ -69,7 +69,7 @@ def read_tokenizer_files(path: Path) -> tuple[dict[str, bytes], Path]:
     if path.is_file() and path.name == FAIRSEQ_DICTIONARY:
         groups = [VOCABULARIES[-1]]
     if path.is_file() and path.suffix == ".model" and not groups:  # a SentencePiece file of another name
-        vocabulary = {"tokenizer.model": path}
+        vocabulary, where = {"tokenizer.model": path}, path
     else:
         chosen = vocabulary_in(names, groups or VOCABULARIES)
         if not chosen:
@@ -78,9 +78,10 @@ def read_tokenizer_files(path: Path) -> tuple[dict[str, bytes], Path]:
                 f"{directory} holds no tokenizer; looked for {wanted} (or name a .gguf file)"
             )
         vocabulary = {name: directory / name for name in (*chosen, FAIRSEQ_DICTIONARY) if name in names}
+        where = directory
 
     settings = {name: directory / name for name in (*SETTINGS, *MODEL_SETTINGS) if name in names}
-    return {name: _read(file) for name, file in (vocabulary | settings).items()}, directory
+    return {name: _read(file) for name, file in (vocabulary | settings).items()}, where
 
 
 def vocabulary_in(names: Iterable[str], groups: Iterable[tuple[str, ...]] = VOCABULARIES) -> tuple[str, ...]:
@@ -298,7 +299,7 @@ def _read(path: Path) -> bytes:
 @contextmanager
 def _refusing(where: Path, name: str) -> Iterator[None]:
     """Whatever a file's content breaks becomes one message that names the file."""
-    label = f"{where} ({name})" if where.suffix == ".gguf" else where / name
+    label = where / name if where.is_dir() else f"{where} ({name})"
     try:
         yield
     except json.JSONDecodeError as error:
