@@ -84,8 +84,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def detach(model: nn.Module) -> None:
     """Take the adapters off again."""
     for _, layer in list(adapted_layers(model)):
-        layer.lora_A = layer.lora_B = None
-    model.lora_config = None
+        layer.lora_A = layer.lora_B = layer.lora_config = None
 
 
 def verify(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -98,7 +97,7 @@ def verify(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def peft_config(model: nn.Module) -> dict[str, Any]:
     """adapter_config.json, as PEFT writes it for this configuration."""
-    config = model.lora_config
+    config = next(adapted_layers(model))[1].lora_config
     assert isinstance(config, LoraConfig)
     return {
         "peft_type": "LORA",

@@ -92,6 +92,8 @@ def _guanaco(
     space = "" if tokenizer.starts_with_space else " "
 
     out, prompt = _Rendering(), ""
+    if tokenizer.adds_bos and tokenizer.bos_token_id is not None:
+        out.add([tokenizer.bos_token_id])
     for message in messages:
         if message["role"] == "assistant":
             out.add(tokenizer.encode(prompt + "### Assistant:"))

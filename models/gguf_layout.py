@@ -38,7 +38,7 @@ class GgufReader:
 
     # GGUF's scales are float16, but the weights that it approximates were bfloat16 in every LLaMA release
     # since the second.
-    released_dtype = torch.bfloat16
+    released_dtype: torch.dtype | None = torch.bfloat16
 
     def __init__(self, header: GgufHeader, heads: int, kv_heads: int) -> None:
         self.header = header

@@ -9,6 +9,7 @@ Letters: K in_features, N out_features, R rank.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class AdaptableLinear(nn.Module):
         self.lora_A: nn.Linear | None = None
         self.lora_B: nn.Linear | None = None
         self.scaling, self.dropout = 0.0, 0.0
+        self.lora_config: Any = None  # what the adapter was made from, for saving it
 
     def dense_weight(self) -> Float[Tensor, "N K"]:
         """The base weight without its adapter, in the layer's dtype."""
@@ -135,6 +137,8 @@ class NF4Linear(AdaptableLinear):
             self._buffers[name] = scale.view(torch.int32)
         super()._apply(fn, recurse)
         for name in scales:
-            self._buffers[name] = self._buffers[name].view(torch.float32)
+            moved = self._buffers[name]
+            assert moved is not None
+            self._buffers[name] = moved.view(torch.float32)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self

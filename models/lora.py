@@ -59,7 +59,7 @@ def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
     layers = targeted_layers(model, config)
     model.requires_grad_(False)
     for name, layer in layers.items():
-        rank = matching(config.rank_pattern, name, config.rank)
+        rank = int(matching(config.rank_pattern, name, config.rank))
         alpha = matching(config.alpha_pattern, name, config.alpha)
         place = {"device": layer.weight.device, "dtype": ADAPTER_DTYPES[config.dtype]}
         layer.lora_A = nn.Linear(layer.in_features, rank, bias=False, **place)
@@ -67,8 +67,7 @@ def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
         nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(layer.lora_B.weight)
         layer.scaling = alpha / (math.sqrt(rank) if config.rslora else rank)
-        layer.dropout = config.dropout
-    model.lora_config = config
+        layer.dropout, layer.lora_config = config.dropout, config
 
 
 @torch.no_grad()
@@ -80,7 +79,6 @@ def merge_adapter(model: nn.Module) -> None:
         delta = layer.lora_B.weight.float() @ layer.lora_A.weight.float()
         merged = layer.dense_weight().float() + layer.scaling * delta
         model.set_submodule(name, Linear.from_weight(merged.to(layer.dtype), layer.bias))
-    model.lora_config = None
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptableLinear]]:

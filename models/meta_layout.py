@@ -37,7 +37,7 @@ IGNORED = r"rope\.freqs"  # derived from the config
 class MetaReader:
     """The parts of a consolidated checkpoint, joined tensor by tensor under the released names."""
 
-    released_dtype = None
+    released_dtype: torch.dtype | None = None
 
     def __init__(self, paths: list[Path], heads: int, kv_heads: int, width: int) -> None:
         self.parts = [TorchReader(path) for path in paths]

@@ -39,7 +39,7 @@ class Reader(Protocol):
 class SafetensorsReader:
     """One *.safetensors file."""
 
-    released_dtype = None
+    released_dtype: torch.dtype | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,7 +66,7 @@ class SafetensorsReader:
 class TorchReader:
     """One file written by torch.save: *.bin, *.pth or *.pt, holding a flat dictionary of tensors."""
 
-    released_dtype = None
+    released_dtype: torch.dtype | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,7 +106,7 @@ class TorchReader:
 class ShardedReader:
     """Several files that together hold one checkpoint, each tensor whole in one of them."""
 
-    released_dtype = None
+    released_dtype: torch.dtype | None = None
 
     def __init__(self, readers: list[Reader]) -> None:
         self.owner: dict[str, Reader] = {}

@@ -286,18 +286,25 @@ def test_a_million_characters_without_a_break_neither_panic_nor_hang(kind, unit)
     assert kind == "t5" or loaded(kind).decode(loaded(kind).encode(text)) == text
 
 
+def ends_word(before: str, after: str) -> bool:
+    return before[-1].isalnum() and not after[0].isalnum()
+
+
 @given(text=st.text("ab 1.\n'日", max_size=200), size=st.integers(2, 40))
-def test_chunks_are_the_text_and_none_is_larger_than_asked(text, size):
+def test_chunks_are_the_text_and_end_with_a_word_unless_there_is_none(text, size):
     parts = list(bpe.chunks(text, size))
     assert "".join(parts) == text
     assert max(map(len, parts)) <= size
+    for part, after in pairwise(parts):
+        ends_in_its_second_half = any(ends_word(a, b) for a, b in pairwise(part[size // 2 :]))
+        assert ends_word(part, after) or (len(part) == size and not ends_in_its_second_half)
 
 
 @pytest.mark.parametrize("pattern", bpe.PATTERNS)
 @given(text=st.text("ab' 1.\n\t日sd", max_size=200))
 def test_a_chunk_that_ends_with_a_word_cuts_no_word(pattern, text):
     parts = list(bpe.chunks(text, 16))
-    assume(all(part[-1].isalnum() and not after[0].isalnum() for part, after in pairwise(parts)))
+    assume(all(ends_word(part, after) for part, after in pairwise(parts)))
     whole = regex.findall(bpe.PATTERNS[pattern], text)
     assert [word for part in parts for word in regex.findall(bpe.PATTERNS[pattern], part)] == whole
 
@@ -597,6 +604,15 @@ def test_a_gguf_with_another_kind_of_tokenizer_is_refused(tmp_path):
         write_smollm2_gguf(path, **({"count": SMALL} | changes))
         with pytest.raises(CheckpointError, match=message):
             models.load_tokenizer(path)
+    write_smollm2_gguf(path, count=SMALL)
+    content = path.read_bytes()
+    for key in (b"tokenizer.ggml.tokens", b"tokenizer.ggml.merges"):
+        cut = content.index(key) + len(key) + 16
+        # within the count, a string's length, a string, and the last string of all
+        for length in (cut, cut + 1, cut + 100, len(content) - 1):
+            path.write_bytes(content[:length])
+            with pytest.raises(CheckpointError, match=r"model\.gguf: .*the file is truncated"):
+                models.load_tokenizer(path)
     path.write_bytes(b"GGML" + bytes(100))
     with pytest.raises(CheckpointError, match="not a GGUF file"):
         models.load_tokenizer(path)
