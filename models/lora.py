@@ -7,7 +7,7 @@ blocks, which is the default here and what it takes to match full fine-tuning.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -102,7 +102,7 @@ def targeted_layers(model: nn.Module, config: LoraConfig) -> dict[str, Adaptable
     return chosen
 
 
-def matching(pattern: dict[str, int] | dict[str, float], name: str, default: float) -> float:
+def matching(pattern: Mapping[str, float], name: str, default: float) -> float:
     """The value of the longest key that fits the layer's name."""
     keys = [key for key in pattern if fits(key, name)]
     return pattern[max(keys, key=len)] if keys else default

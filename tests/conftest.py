@@ -3,7 +3,9 @@
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
-install_import_hook(["nf4", "kernels", "models", "eval", "train"], "beartype.beartype")
+import tests.typecheck  # noqa: F401 (the hook below looks it up by name)
+
+install_import_hook(["nf4", "kernels", "models", "eval", "train"], "tests.typecheck.check")
 
 settings.register_profile("qlora", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("qlora")
