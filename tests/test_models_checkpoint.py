@@ -48,12 +48,13 @@ def test_block_linears_are_quantized_from_the_cast_weights_and_nothing_else_is(d
         assert torch.equal(layer.quantized.packed, expected.packed)
         assert torch.equal(layer.quantized.scales, expected.scales)
     assert not any(isinstance(m, Linear) for m in model.modules())
-    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.get_parameter("lm_head.weight").dtype == torch.bfloat16
 
 
 def test_scales_survive_every_cast_and_codes_every_step():
     model = models.load(GOLDEN / "llama-gqa", nf4.QuantConfig(), dtype=torch.float32)
-    layer = model.model.layers[0].self_attn.q_proj
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(layer, NF4Linear)
     before = layer.quantized.scales.clone()
     for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.float()):
         cast(model)

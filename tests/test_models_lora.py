@@ -88,7 +88,7 @@ def test_ranks_alphas_and_targets_follow_the_configuration():
         alpha_pattern={"up_proj": 6.0},
     )
     models.attach_lora(model, config)
-    found = {n: (m.lora_A.out_features, m.scaling) for n, m in models.lora.adapted_layers(model)}
+    found = {n: (len(m.lora_A.weight), m.scaling) for n, m in models.lora.adapted_layers(model) if m.lora_A}
     assert found == {
         "model.layers.0.self_attn.q_proj": (4, 2.0),
         "model.layers.1.self_attn.q_proj": (4, 2.0),
@@ -118,11 +118,14 @@ def test_a_saved_adapter_comes_back(tmp_path, rslora):
 def test_merging_is_done_in_float32_and_leaves_a_plain_model(tmp_path):
     model = base(nf4.QuantConfig())
     models.attach_lora(model, models.LoraConfig(rank=4, alpha=8.0))
-    layer = model.model.layers[0].mlp.up_proj
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(layer, NF4Linear)
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
     torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
     expected = layer.dense_weight() + 2.0 * layer.lora_B.weight @ layer.lora_A.weight
     models.merge_adapter(model)
-    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight, expected)
+    torch.testing.assert_close(model.get_parameter("model.layers.0.mlp.up_proj.weight"), expected)
     assert not any(isinstance(m, NF4Linear) for m in model.modules())
     models.save(model, tmp_path / "merged")
     assert torch.equal(models.load(tmp_path / "merged", dtype=torch.float32)(IDS), model(IDS))

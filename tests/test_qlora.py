@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def training(model, data, out, *more):
     ]
 
 
-def told(capsys, *arguments, code=0):
+def told(capsys, *arguments, code=0) -> Any:
     """The verb's JSON, and what it said to stderr."""
     assert qlora.main([str(a) for a in arguments]) == code
     out, err = capsys.readouterr()
