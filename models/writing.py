@@ -108,6 +108,8 @@ def pieces(tokenizer: Tokenizer, steps: Iterable[Int[Tensor, "1"]]) -> Iterator[
     ids: list[int] = []
     shown = ""
     for step in steps:
+        if int(step) >= tokenizer.vocab_size:
+            continue  # some embeddings have more rows than there are tokens
         ids.append(int(step))
         text = tokenizer.decode(ids)
         if not text.endswith("�"):

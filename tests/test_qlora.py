@@ -2,7 +2,11 @@
 
 import io
 import json
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,6 +157,31 @@ def test_a_chat_remembers_what_was_said(run, capsys, monkeypatch):
     found, _ = told(capsys, "chat", run, "--max-new-tokens", 4, "--sampling.temperature", 0, "--json")
     assert [m["role"] for m in found["messages"]] == ["user", "assistant", "user", "assistant"]
     assert found["messages"][2]["content"] == "And again"
+
+
+def test_text_waits_for_whole_characters_and_skips_ids_without_a_token(model):
+    from models.writing import pieces
+
+    tokenizer = models.load_tokenizer(model)
+    ids = [*tokenizer.encode("é is ñ"), tokenizer.vocab_size + 3]
+    shown = list(pieces(tokenizer, [torch.tensor([i]) for i in ids]))
+    assert "".join(shown) == "é is ñ"
+    assert not any("\ufffd" in piece for piece in shown)
+
+
+def test_an_interrupted_run_keeps_its_adapter_and_says_where_it_stopped(model, data, tmp_path):
+    command = [sys.executable, "-m", "qlora", *training(model, data, tmp_path / "r"), "--max-steps", "100000"]
+    process = subprocess.Popen(command, cwd=Path(qlora.__file__).parent, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and '"train"' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert (tmp_path / "r" / "STATUS").read_text() == f"interrupted@{steps[-1]}\n"
+    loaded = models.load(model, nf4.QuantConfig())
+    models.load_adapter(loaded, tmp_path / "r" / "adapter")
 
 
 def test_runs_are_plotted_together(run, tmp_path, capsys):
