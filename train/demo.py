@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models import LoraConfig, Sampling
+import torch
+
+from models import LoraConfig, generate
 from models.chat import render_chat
-from models.writing import answer
 from train.data import DataConfig
 from train.demo_model import demo_model
 from train.finetune import Finetuning, prepare
@@ -112,15 +113,20 @@ def recipe(options: DemoOptions, model: str) -> RunConfig:
 
 
 def answers(finetuning: Finetuning, max_new_tokens: int) -> list[str]:
-    """What the model says to each question, greedily."""
+    """What the model says to each question, greedily; all are asked at once, which costs as much as one."""
     model, tokenizer = finetuning.model, finetuning.tokenizer
+    prompts = [
+        render_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)[0]
+        for question in QUESTIONS
+    ]
+    width = max(map(len, prompts))
+    pads = [width - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)], device=model.device)
+    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=model.device)
     model.eval()
-    texts = []
-    for question in QUESTIONS:
-        ids, _ = render_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
-        sampling = Sampling(repetition_penalty=1.1)  # a model this small repeats itself without
-        texts.append("".join(answer(model, tokenizer, ids, max_new_tokens, sampling)).strip())
-    return texts
+    # A model this small repeats itself without the penalty.
+    rows = generate(model, ids, mask, max_new_tokens=max_new_tokens, repetition_penalty=1.1)
+    return [tokenizer.decode(row[width:]).strip() for row in rows.tolist()]
 
 
 def memory_table(parts: Footprint, peak: int) -> Any:
