@@ -15,10 +15,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import models
 import nf4
 from models.config import LlamaConfig
+from models.linear import NF4Linear
 from models.writer import CheckpointWriter
 from train.memory import peak_memory_bytes
 
@@ -47,11 +49,11 @@ def measure(path: Path) -> dict[str, float]:
     after = peak_memory_bytes()
     tensors = [*model.parameters(), *model.buffers()]
     stored = sum(t.nbytes for t in tensors)
-    sizes = [m.quantized.numel for m in model.modules() if isinstance(m, models.linear.NF4Linear)]
+    sizes = [m.quantized.numel for m in model.modules() if isinstance(m, NF4Linear)]
     largest = 4 * max([*sizes, model.config.vocab_size * model.config.hidden_size])
     overhead = after - before - stored
     return {
-        "parameters": models.writer.parameter_count(model),
+        "parameters": parameter_count(model),
         "model_mib": round(stored / 2**20, 1),
         "largest_tensor_float32_mib": round(largest / 2**20, 1),
         "process_before_mib": round(before / 2**20, 1),
@@ -59,6 +61,13 @@ def measure(path: Path) -> dict[str, float]:
         "overhead_mib": round(overhead / 2**20, 1),
         "overhead_in_largest_tensors": round(overhead / largest, 2),
     }
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights that the model has, a quantized one counted as often as it stands for a number."""
+    stored = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear)}
+    codes = {id(m.absmax_codes) for m in model.modules() if isinstance(m, NF4Linear)}
+    return sum(stored.get(id(p), p.numel()) for p in model.parameters() if id(p) not in codes)
 
 
 def random_checkpoint(directory: Path, layers: int) -> Path:

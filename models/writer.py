@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import nf4
 from models.errors import CheckpointError
@@ -130,10 +130,3 @@ def quantization_config(quant: QuantConfig, dtype: str) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": ["lm_head"],
     }
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Weights that the model has, a quantized one counted as often as it stands for a number."""
-    stored = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear)}
-    codes = {id(m.absmax_codes) for m in model.modules() if isinstance(m, NF4Linear)}
-    return sum(stored.get(id(p), p.numel()) for p in model.parameters() if id(p) not in codes)

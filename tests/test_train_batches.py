@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.batches import IGNORED, Batches, Tokenized, counts
+from train.batches import IGNORED, Batches, Tokenized
 
 # Plain numbers: beartype's checks draw from the global generator, which hypothesis forbids to strategies.
 sizes = st.lists(st.integers(2, 9), min_size=1, max_size=30)
@@ -56,14 +56,6 @@ def test_starting_at_a_batch_equals_skipping_those_before(sizes, order, start):
     assert len(skipped) == len(started)
     for a, b in zip(skipped, started, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-@given(sizes=sizes, order=orders)
-def test_counts_are_those_of_the_examples_not_of_the_padding(sizes, order):
-    examples = made(sizes)
-    total = [counts(batch) for batch in Batches(examples, pad_id=1, **order).epoch(0)]
-    assert sum(c.tokens for c in total) == sum(len(e.input_ids) for e in examples)
-    assert sum(c.labels for c in total) == sum(e.label_count for e in examples)
 
 
 def test_seeds_and_epochs_change_the_order_and_no_seed_keeps_the_files():

@@ -6,9 +6,8 @@ the end-of-text id itself, and a model that never learns that id never stops.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -36,13 +35,6 @@ class Tokenized:
     @property
     def label_count(self) -> int:
         return sum(label != IGNORED for label in self.labels)
-
-
-class Counts(NamedTuple):
-    """What a batch holds: tokens without padding, and those of them that are learned."""
-
-    tokens: int
-    labels: int
 
 
 class Batches:
@@ -98,8 +90,3 @@ def collate(examples: Sequence[Tokenized], pad_id: int) -> dict[str, Int[Tensor,
         labels[row, :n] = torch.tensor(example.labels)
         mask[row, :n] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def counts(batch: Mapping[str, Tensor]) -> Counts:
-    """Tokens and learned tokens of a batch."""
-    return Counts(int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORED).sum()))
