@@ -1,10 +1,18 @@
 """Shapes in signatures are checked while the tests run, and hypothesis gives the same cases every time."""
 
+import os
+
+import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so before any of them is imported
+
+import tests.interpreter
 import tests.typecheck  # noqa: F401 (the hook below looks it up by name)
 
+tests.interpreter.mend()
 install_import_hook(["nf4", "kernels", "models", "eval", "train"], "tests.typecheck.check")
 
 settings.register_profile("qlora", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
