@@ -13,10 +13,10 @@ from torch import Tensor
 
 from kernels.launch import Launch, Shipped
 
-# By the largest vocabulary; a longer row is read in pieces.
-LAUNCHES: dict[int, Launch] = {
-    2048: Launch({"BLOCK_V": 2048}, num_warps=4),
-    2**31 - 1: Launch({"BLOCK_V": 8192}, num_warps=16),
+SMALL = 2048  # a vocabulary that is read at once; a larger one is read in pieces
+LAUNCHES = {
+    "small": Launch({"BLOCK_V": SMALL}, num_warps=4),
+    "any": Launch({"BLOCK_V": 8192}, num_warps=16),
 }
 
 
@@ -34,7 +34,7 @@ def cross_entropy(
     if logits.stride(1) != 1:
         raise ValueError(f"logits are written in place, so each row lies side by side, not {logits.stride()} apart")
     if L:
-        launch = next(launch for widest, launch in LAUNCHES.items() if widest >= V)
+        launch = LAUNCHES["small" if V <= SMALL else "any"]
         cross_entropy_kernel[(L,)](
             logits,
             targets.contiguous(),
@@ -87,10 +87,10 @@ def cross_entropy_kernel(
 
 def shipped() -> list[Shipped]:
     kernels = []
-    for dtype in ("bf16", "fp16"):
-        for widest, launch in LAUNCHES.items():
+    for dtype in ("bf16", "fp16", "fp32"):
+        for size, launch in LAUNCHES.items():
             for gradient in (False, True):
-                name = f"cross_entropy{' and gradient' if gradient else ''} V<={widest} {dtype}"
+                name = f"cross_entropy{' and gradient' if gradient else ''} {size} V {dtype}"
                 signature = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64", "losses_ptr": "*fp32"}
                 signature |= {"V": "i32", "row_stride": "i32", "ignore_index": "i32"}
                 constants = {**launch.constants, "GRADIENT": gradient}

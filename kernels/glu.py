@@ -71,7 +71,7 @@ def swiglu_grad_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, count, BLOC
 
 def shipped() -> list[Shipped]:
     kernels = []
-    for dtype in ("bf16", "fp16"):
+    for dtype in ("bf16", "fp16", "fp32"):
         for kernel in (swiglu_kernel, swiglu_grad_kernel):
             signature = {n: f"*{dtype}" for n in kernel.arg_names if n.endswith("_ptr")} | {"count": "i32"}
             name = kernel.fn.__name__.removesuffix("_kernel")

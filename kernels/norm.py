@@ -23,7 +23,7 @@ LAUNCHES: dict[int, Launch] = {
     16384: Launch({"ROWS": 1, "BLOCK_D": 16384}, num_warps=16),
 }
 WIDEST = max(LAUNCHES)
-WEIGHT_LAUNCH = Launch({"ROWS": 32, "BLOCK_D": 128}, num_warps=4)
+WEIGHT_LAUNCH = Launch({"ROWS": 16, "BLOCK_D": 128}, num_warps=4)
 STRIPES = 64  # with 32 column blocks of a width of 4096 some thousand programs: enough for any GPU
 
 
@@ -159,7 +159,7 @@ def weight_grad_kernel(
 
 def shipped() -> list[Shipped]:
     kernels = []
-    for dtype in ("bf16", "fp16"):
+    for dtype in ("bf16", "fp16", "fp32"):
         pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "y", "dy", "dx")}
         pointers |= {"rstd_ptr": "*fp32", "sums_ptr": "*fp32"}
         numbers = {"M": "i32", "D": "i32", "eps": "fp32", "per_stripe": "i32"}

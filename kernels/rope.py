@@ -109,7 +109,7 @@ def rotate_kernel(
 
 def shipped() -> list[Shipped]:
     kernels = []
-    for dtype in ("bf16", "fp16"):
+    for dtype in ("bf16", "fp16", "fp32"):
         numbers = [
             n for n in rotate_kernel.arg_names if n in ("H", "T", "PAIRS") or n.endswith(("_batch", "_head", "_token"))
         ]
