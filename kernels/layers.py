@@ -75,4 +75,6 @@ def swiglu_grad(
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """The gradients of gate and up."""
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
-    return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+    dgate = dy * up
+    torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+    return dgate, F.silu(gate).mul_(dy)
