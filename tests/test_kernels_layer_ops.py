@@ -1,6 +1,7 @@
 """The layers around the products: equal to the definition, traceable, and lean in what they keep."""
 
 import re
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -17,7 +18,7 @@ OPERATORS = ("rms_norm", "rotate", "swiglu", "linear_cross_entropy")
 TRITON = (norm, rope, glu, cross_entropy)
 
 
-def arguments(operator, dtype=torch.float32, rows=(2, 5), D=12, seed=0):
+def arguments(operator, dtype=torch.float32, rows=(2, 5), D=12, seed=0) -> Any:
     """What an operator takes; a gradient is asked of all that may have one."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -197,6 +198,7 @@ def test_a_weight_in_float32_gives_the_dtype_of_x():
         y = operators.rms_norm(x, wide, eps)
         assert y.dtype == torch.bfloat16
         y.sum().backward()
+        assert wide.grad is not None
         assert wide.grad.dtype == torch.float32
     torch.testing.assert_close(kernels.rms_norm(x, wide, eps), kernels.rms_norm(x, weight, eps))
 

@@ -1,5 +1,7 @@
 """RMSNorm in Triton: the definition's values and gradients on ragged rows of every width that has a launch."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,7 +25,7 @@ def definition(x, weight, dy, eps=1e-5):
     return y.detach(), *torch.autograd.grad(y, (x, weight), dy)
 
 
-def ours(x, weight, dy, eps=1e-5):
+def ours(x, weight, dy, eps=1e-5) -> Any:
     with poisoned_memory():
         y, rstd = norm.rms_norm(x, weight, eps)
         return y, *norm.rms_norm_grad(dy, x, weight, rstd, True)
@@ -74,6 +76,7 @@ def test_no_rows_are_no_work():
     y, rstd = norm.rms_norm(x, weight, 1e-5)
     dx, dweight = norm.rms_norm_grad(y, x, weight, rstd, True)
     assert y.shape == dx.shape == (0, 30)
+    assert dweight is not None
     assert torch.equal(dweight, torch.zeros(30))
 
 
