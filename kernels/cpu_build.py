@@ -1,10 +1,10 @@
 """The C operators, built at first use with the compiler of this machine.
 
-The sources in `kernels/c` take a second to compile, so no binary is shipped and the result fits this CPU. It is
-kept in a cache folder under a name that tells the sources, the compiler and the CPU apart, and is moved there whole, so that
-processes which build at the same time do not disturb one another. OpenMP comes from the runtime that torch has
-loaded: two of them would fight over the cores. Without a compiler, or if the build fails, one line in the
-log says so and everything runs in plain torch.
+The sources in `kernels/c` take two seconds to compile, so no binary is shipped and the result fits this CPU. It
+is kept in a cache folder under a name that tells the sources, the compiler and the CPU apart, and is moved there
+whole, so that processes which build at the same time do not disturb one another. OpenMP comes from the runtime
+that torch has loaded: two of them would fight over the cores. Without a compiler, or if the build fails, one
+line in the log says so and everything runs in plain torch.
 """
 
 import ctypes
@@ -86,7 +86,7 @@ def fingerprint(compiler: str, extra: tuple[str, ...]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     cpu = [platform.machine(), *map(str, sorted(torch.cpu.get_capabilities().items()))]
     digest = hashlib.sha256("\n".join([version, *FLAGS, *extra, *cpu]).encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,0 +1,239 @@
+"""One step of training SmolLM2-135M with LoRA on NF4, against the same model in plain torch on bitsandbytes.
+
+Both get the same random weights, adapters and tokens (speed does not depend on the values) and go through the same
+`train.step.update`: loss, backward, clipping, AdamW. Tokens per second are medians of steps taken in turns in one
+process; the peak of memory is that of a process each, above what it had before the model was built and as a whole.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+import models
+import nf4
+from benchmarks.timing import interleaved, stopwatch
+from models.config import LlamaConfig
+from models.linear import NF4Linear
+from train.memory import peak_memory_bytes
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.step import update
+
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=100000.0,
+    tie_word_embeddings=True,
+)
+TINY = dataclasses.replace(
+    SMOLLM2, vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16,
+)  # fmt: skip
+SPEED_TARGET, MEMORY_TARGET = 2.0, 0.6  # at least so many times the peer's speed, at most this share of its memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What one step goes over, and through what."""
+
+    config: LlamaConfig = SMOLLM2
+    batch: int = 4
+    tokens: int = 256
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.1
+    device: str = "cpu"
+
+
+def measure(setting: Setting, dropouts: tuple[float, ...] = (0.0, 0.1), repeats: int = 5) -> list[dict[str, Any]]:
+    """Give a row per dropout; without bitsandbytes the peer's columns stay empty."""
+    builders = {"ours": ours}
+    if importlib.util.find_spec("bitsandbytes"):
+        builders["peer"] = peer
+    steps = {name: Stepper(build(setting), setting) for name, build in builders.items()}
+    rows = []
+    for dropout in dropouts:
+        for step in steps.values():
+            step.set_dropout(dropout)
+        times = interleaved(steps, repeats, lambda work: stopwatch(finished(work, setting.device)))
+        tokens = setting.batch * setting.tokens
+        rows.append({"dropout": dropout, **{f"{name}_tokens_s": tokens / t.median for name, t in times.items()}})
+    del steps
+    for row in rows:
+        for name in builders:
+            above, whole = peak_of(name, dataclasses.replace(setting, dropout=row["dropout"]))
+            row |= {f"{name}_peak_above_start": above, f"{name}_peak": whole}
+    return [judged(row) for row in rows]
+
+
+def judged(row: dict[str, Any]) -> dict[str, Any]:
+    """Add what the row says about the targets: how many times the speed, and what share of the memory."""
+    if "peer_tokens_s" not in row:
+        return row
+    speed = row["ours_tokens_s"] / row["peer_tokens_s"]
+    above = row["ours_peak_above_start"] / row["peer_peak_above_start"]
+    whole = row["ours_peak"] / row["peer_peak"]
+    return row | {
+        "speed_ratio": speed,
+        "speed_target": SPEED_TARGET,
+        "speed_met": speed >= SPEED_TARGET,
+        "peak_above_start_ratio": above,
+        "peak_ratio": whole,
+        "memory_target": MEMORY_TARGET,
+        "memory_above_start_met": above <= MEMORY_TARGET,
+        "memory_met": whole <= MEMORY_TARGET,
+    }
+
+
+class Stepper:
+    """A model with its optimizer and a batch; calling it makes one step."""
+
+    def __init__(self, model: Any, setting: Setting) -> None:
+        self.model = model.train()
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        fill(self.parameters)
+        self.optimizer = make_optimizer(self.parameters.values(), OptimizerConfig())
+        generator = torch.Generator().manual_seed(2)
+        shape = (setting.batch, setting.tokens)
+        ids = torch.randint(setting.config.vocab_size, shape, generator=generator).to(setting.device)
+        self.batch = {"input_ids": ids, "labels": ids}
+        self.number = 0
+        self.set_dropout(setting.dropout)
+
+    def set_dropout(self, dropout: float) -> None:
+        for module in self.model.modules():
+            if hasattr(module, "lora_A"):
+                module.dropout = dropout
+
+    def loss(self) -> Tensor:
+        return self.model.loss(**self.batch)
+
+    def __call__(self) -> float:
+        self.number += 1
+        return update(self.model, self.parameters, self.optimizer, [self.batch], self.number, 0.3).loss
+
+
+def ours(setting: Setting) -> models.Llama:
+    """Our model on the random weights, quantized, with adapters and gradient checkpointing."""
+    with torch.device("meta"):
+        model = models.Llama(setting.config)
+    for name, weight in random_weights(setting):
+        layer = name.removesuffix(".weight")
+        if layer.endswith("_proj"):
+            model.set_submodule(layer, NF4Linear(kernels.quantize(weight, nf4.QuantConfig())))
+        else:
+            model.get_submodule(layer).weight = nn.Parameter(weight)
+    lora = models.LoraConfig(rank=setting.rank, alpha=setting.alpha, dropout=setting.dropout)
+    models.attach_lora(model, lora)
+    model.model.gradient_checkpointing = True
+    return model
+
+
+def peer(setting: Setting) -> Any:
+    """The peer on the same weights."""
+    from benchmarks.peer import Llama
+
+    model = Llama(setting.config, random_weights(setting), setting.rank, setting.alpha)
+    model.model.gradient_checkpointing = True
+    return model
+
+
+BUILDERS: dict[str, Callable[[Setting], Any]] = {"ours": ours, "peer": peer}
+
+
+def random_weights(setting: Setting) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the model in bfloat16 under its released name, the same ones for the same config."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in models.Llama(setting.config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        weight = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator).mul_(0.02)
+        yield name, weight.to(device=setting.device, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def fill(adapters: dict[str, nn.Parameter]) -> None:
+    """Random adapters, B too, so that the whole branch matters; the same ones whatever the order of the names."""
+    generator = torch.Generator().manual_seed(1)
+    for name in sorted(adapters):
+        adapters[name].copy_(torch.randn(adapters[name].shape, generator=generator).mul_(0.02))
+
+
+def finished(work: Callable[[], object], device: str) -> Callable[[], object]:
+    """The work, done only when the device is through with it."""
+    if torch.device(device).type != "cuda":
+        return work
+
+    def both() -> None:
+        work()
+        torch.cuda.synchronize()
+
+    return both
+
+
+def peak_of(name: str, setting: Setting) -> tuple[int, int]:
+    """Bytes at the peak of three steps in a process of their own: above its start, and in all."""
+    command = [sys.executable, "-m", "benchmarks.training", name, json.dumps(asdict(setting))]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    above, whole = json.loads(done.stdout)
+    return above, whole
+
+
+def peak_here(name: str, setting: Setting) -> tuple[int, int]:
+    """The same, in this process, which must have done nothing else.
+
+    A first step on a tiny model brings in what torch and the peer load only when it is used, 150 MiB of it.
+    """
+    small = dataclasses.replace(setting, config=TINY, batch=2, tokens=16)
+    Stepper(BUILDERS[name](small), small)()
+    before = peak_memory_bytes(setting.device)
+    step = Stepper(BUILDERS[name](setting), setting)
+    for _ in range(3):
+        step()
+    whole = peak_memory_bytes(setting.device)
+    return whole - before, whole
+
+
+def profile(setting: Setting, name: str = "ours", rows: int = 15) -> str:
+    """Where the time of one warm step goes: the operators that take most."""
+    step = Stepper(BUILDERS[name](setting), setting)
+    step()
+    with torch.profiler.profile() as profiler:
+        step()
+        finished(lambda: None, setting.device)()
+    kind = torch.device(setting.device).type
+    return profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=rows, max_name_column_width=50)
+
+
+def main() -> None:
+    """The process that `peak_of` starts; alone, the whole measurement, or with --profile where its time goes."""
+    if sys.argv[1:] in ([], ["--profile"]):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        setting = Setting(device=device)
+        print(profile(setting) if sys.argv[1:] else json.dumps(measure(setting), indent=1))
+        return
+    name, told = sys.argv[1:]
+    values = json.loads(told)
+    setting = Setting(**{**values, "config": LlamaConfig(**values["config"])})
+    print(json.dumps(peak_here(name, setting)))
+
+
+if __name__ == "__main__":
+    main()
