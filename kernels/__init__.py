@@ -5,12 +5,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from kernels import reference
+from kernels.attention import attention
 from kernels.dispatch import form
 from kernels.layer_ops import linear_cross_entropy, rms_norm, rotate, swiglu
 from kernels.linear import nf4_linear, nf4_lora_linear
 from nf4 import QuantConfig, QuantizedTensor
 
 __all__ = [
+    "attention",
     "dequantize",
     "linear_cross_entropy",
     "nf4_linear",

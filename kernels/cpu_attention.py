@@ -12,11 +12,16 @@ from kernels.cpu import check_memory, loaded, threads
 from kernels.cpu_build import View, library
 
 
-def accepts(q: Tensor, k: Tensor) -> bool:
-    """Is this self-attention in bfloat16, over whole texts, on a CPU that multiplies it?"""
+def accepts(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Is this bfloat16, on a CPU that multiplies it?"""
+    bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    return bf16 and q.shape[-1] % 16 == 0 and q.numel() > 0 and attends_in_bf16()
+
+
+@torch.compiler.assume_constant_result
+def attends_in_bf16() -> bool:
     c = library()
-    fits = q.dtype == k.dtype == torch.bfloat16 and q.shape[-1] % 16 == 0 and q.shape[2] == k.shape[2]
-    return c is not None and bool(c.attends_in_bf16()) and fits and q.numel() > 0
+    return c is not None and bool(c.attends_in_bf16())
 
 
 def attention(

@@ -198,7 +198,7 @@ def rows(x: Tensor) -> Tensor:
 
 # The layers around the products.
 
-__all__ += ["linear_cross_entropy", "rms_norm", "rotate", "swiglu"]
+__all__ += ["attention", "linear_cross_entropy", "rms_norm", "rotate", "swiglu"]
 
 
 def rms_norm(x: Float[Tensor, "..."], weight: Float[Tensor, "..."], eps: float) -> Float[Tensor, "..."]:
@@ -218,6 +218,15 @@ def rotate(x: Float[Tensor, "..."], cos: Float[Tensor, "..."], sin: Float[Tensor
     cos, sin = cos.detach(), sin.detach()
     first, second = x.to(wide(x.dtype)).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def attention(q: Float[Tensor, "..."], k: Float[Tensor, "..."], v: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """(B, H, T, C) -> (B, H, T, C): softmax(q k^T / sqrt(C)) v over the tokens up to each query.
+
+    k and v are (B, K, T, C): every H / K query heads share one of keys and values.
+    """
+    check_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def swiglu(gate: Float[Tensor, "..."], up: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -267,6 +276,15 @@ def check_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(
             f"cos and sin of x {tuple(x.shape)} are ({B}, 1, {T}, {C // 2}) or have 1 for {B}, "
             f"not {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
+    if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            "q is (B, H, T, C), k and v are (B, K, T, C) and K divides H, "
+            f"but they are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
 
 

@@ -59,8 +59,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, C)
 
-        causal = mask is None and T > 1  # a single new token may see all that came before it
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        if mask is None and T > 1:
+            y = kernels.attention(q, k, v)
+        else:  # without a mask, a single new token may see all that came before it
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
