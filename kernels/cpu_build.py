@@ -18,8 +18,6 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 SOURCES = Path(__file__).parent / "c"
 FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 ATTEMPTS = (("-march=native", "-fopenmp"), ("-march=native",), ())  # the last for compilers that know neither
@@ -84,11 +82,19 @@ def cache_folder() -> Path:
 def fingerprint(compiler: str, extra: tuple[str, ...]) -> str:
     """A name for what determines the binary: sources, flags, compiler, and the CPU that "native" means."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    cpu = [platform.machine(), *map(str, sorted(torch.cpu.get_capabilities().items()))]
-    digest = hashlib.sha256("\n".join([version, *FLAGS, *extra, *cpu]).encode())
+    digest = hashlib.sha256("\n".join([version, *FLAGS, *extra, cpu_name()]).encode())
     for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def cpu_name() -> str:
+    """The CPU with its instruction sets, as far as the system tells."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    keys = ("model name", "flags", "Features", "CPU part")
+    found = {key: line for line in lines for key in keys if line.startswith(key)}
+    return "\n".join([platform.machine(), platform.processor(), *found.values()])
 
 
 class Scales(ctypes.Structure):
@@ -126,6 +132,12 @@ SIGNATURES = {
     "multiplies_bf16": (I,),
     "dropout_mask": (None, P, L, L, I, I),
     "thin": (None, P, P, L, L, I, F, I, I),
+    "rms_norm": (None, P, P, P, P, L, L, F, I, I),
+    "rms_norm_grad": (None, P, P, P, P, P, L, L, I, I),
+    "rotate": (None, P, P, P, P, P, P, L, F, L, L, L, L, I, I),
+    "swiglu": (None, P, P, P, L, I, I),
+    "swiglu_grad": (None, P, P, P, P, P, L, I, I),
+    "cross_entropy": (None, P, P, P, L, L, I, I, I),
     "attention": (I, V, V, V, V, P, L, L, L, L, L, F, I),
     "attention_grad": (I, V, V, V, V, P, V, V, V, V, L, L, L, L, L, F, I),
     "attends_in_bf16": (I,),

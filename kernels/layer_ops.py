@@ -74,9 +74,15 @@ def linear_cross_entropy(
 @lru_cache
 def table() -> tuple[Row, ...]:
     """The forms of these operators, the fastest first. (Imported here, since Triton takes its time.)"""
-    from kernels import chunked, layers
+    from kernels import chunked, cpu_layers, layers
 
     rows = [
+        Row("rms_norm", "cpu", cpu_layers.accepts_norm, cpu_layers.rms_norm),
+        Row("rms_norm_grad", "cpu", cpu_layers.accepts_norm, cpu_layers.rms_norm_grad),
+        Row("rotate", "cpu", cpu_layers.accepts, cpu_layers.rotate),
+        Row("swiglu", "cpu", cpu_layers.accepts, cpu_layers.swiglu),
+        Row("swiglu_grad", "cpu", cpu_layers.accepts, cpu_layers.swiglu_grad),
+        Row("cross_entropy", "cpu", cpu_layers.accepts, cpu_layers.rows_cross_entropy),
         Row("rms_norm", "any", always, layers.rms_norm),
         Row("rms_norm_grad", "any", always, layers.rms_norm_grad),
         Row("rotate", "any", always, layers.rotate),
