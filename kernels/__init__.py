@@ -16,9 +16,9 @@ def quantize(
     weight: Shaped[Tensor, "..."], config: QuantConfig = QuantConfig(), *, name: str = "weight"
 ) -> QuantizedTensor:
     """Round every weight to the nearest level of its block."""
-    return form("quantize", weight.device)(weight, config, name=name)
+    return form("quantize", weight.device, weight, config)(weight, config, name=name)
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
     """The weight that is stored: level times scale in float32, then one rounding to `dtype`."""
-    return form("dequantize", q.device)(q, dtype)
+    return form("dequantize", q.device, q, dtype)(q, dtype)

@@ -9,12 +9,24 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nf4 import QuantizedTensor, dequantize, quantize
 
-__all__ = ["dequantize", "drop", "dropout_mask", "dropout_seed", "nf4_linear", "nf4_lora_linear", "quantize"]
+__all__ = [
+    "dequantize",
+    "drop",
+    "dropout_mask",
+    "dropout_seed",
+    "matmul",
+    "matmul_grad",
+    "nf4_linear",
+    "nf4_lora_linear",
+    "project",
+    "project_grad",
+    "quantize",
+]
 
 
 def nf4_linear(
@@ -22,7 +34,7 @@ def nf4_linear(
 ) -> Float[Tensor, "..."]:
     """(..., K) -> (..., N): y = x W^T + bias, where W = dequantize(q) is (N, K)."""
     check_linear(x, q, bias)
-    return F.linear(x, dequantize(q, x.dtype), cast(bias, x.dtype))
+    return matmul(rows(x), q, bias).view(*x.shape[:-1], q.shape[0])
 
 
 def nf4_lora_linear(
@@ -41,38 +53,112 @@ def nf4_lora_linear(
     input alone; the base layer sees all of x.
     """
     check_lora(x, q, lora_a, lora_b, dropout, bias)
+    if dropout and seed is None:
+        seed = dropout_seed()
+    xa = project(rows(x), lora_a, dropout, seed)
+    return matmul(rows(x), q, bias, xa, lora_b, scaling).view(*x.shape[:-1], q.shape[0])
+
+
+# What the two consist of, forward and backward
+
+
+def matmul(
+    x: Float[Tensor, "M K"],
+    q: QuantizedTensor,
+    bias: Float[Tensor, " N"] | None = None,
+    xa: Float[Tensor, "M R"] | None = None,
+    lora_b: Float[Tensor, "N R"] | None = None,
+    scaling: float = 1.0,
+) -> Float[Tensor, "M N"]:
+    """(M, K) -> (M, N): y = x W^T + bias + scaling xa B^T, where W = dequantize(q) is (N, K)."""
     y = F.linear(x, dequantize(q, x.dtype), cast(bias, x.dtype))
-    if dropout:
-        x = drop(x, dropout, dropout_seed() if seed is None else seed)
-    return y + scaling * F.linear(F.linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))
+    return y if xa is None or lora_b is None else y + scaling * F.linear(xa.to(x.dtype), lora_b.to(x.dtype))
 
 
-def drop(x: Float[Tensor, "..."], dropout: float, seed: int) -> Float[Tensor, "..."]:
+def matmul_grad(
+    dy: Float[Tensor, "M N"],
+    q: QuantizedTensor,
+    dxa: Float[Tensor, "M R"] | None = None,
+    lora_a: Float[Tensor, "R K"] | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Float[Tensor, "M K"]:
+    """(M, N) -> (M, K): dx = dy W + drop(dxa A), with the mask that forward put on x."""
+    dx = dy @ dequantize(q, dy.dtype)
+    return dx if dxa is None or lora_a is None else dx + drop(dxa.to(dy.dtype) @ lora_a.to(dy.dtype), dropout, seed)
+
+
+def project(
+    x: Float[Tensor, "M K"], lora_a: Float[Tensor, "R K"], dropout: float = 0.0, seed: int | None = None
+) -> Float[Tensor, "M R"]:
+    """(M, K) -> (M, R): xa = drop(x) A^T, multiplied in x's dtype."""
+    return F.linear(drop(x, dropout, seed), lora_a.to(x.dtype))
+
+
+def project_grad(
+    dxa: Float[Tensor, "M R"], x: Float[Tensor, "M K"], dropout: float = 0.0, seed: int | None = None
+) -> Float[Tensor, "R K"]:
+    """(M, R), (M, K) -> (R, K): dA = dxa^T drop(x)."""
+    return dxa.to(x.dtype).T @ drop(x, dropout, seed)
+
+
+# Dropout
+
+
+def drop(x: Float[Tensor, "..."], dropout: float, seed: int | None) -> Float[Tensor, "..."]:
     """x with a share of its entries set to zero and the others scaled up, so that the mean stays."""
-    return thinned(x, dropout_mask(x.shape, dropout, seed, x.device), dropout)
-
-
-def thinned(x: Float[Tensor, "..."], mask: Bool[Tensor, "..."], dropout: float) -> Float[Tensor, "..."]:
-    """x where the mask keeps it, scaled up by what it drops."""
+    if not dropout or seed is None:
+        return x
+    mask = dropout_mask(x.shape, dropout, seed, x.device)
     return torch.where(mask, x * (1 / (1 - dropout)), 0)
 
 
 def dropout_mask(shape: tuple[int, ...], dropout: float, seed: int, device: torch.device) -> Bool[Tensor, "..."]:
-    """Which entries stay: the same for the same seed and shape, so that nothing need keep the mask.
+    """Which entries stay: a function of the seed and an entry's position alone, so that nothing need keep it.
 
-    Four 16-bit numbers come out of each draw of 64 bits, twice as fast as one draw per entry; the share
-    that is dropped is so rounded to a multiple of 2^-16.
+    Philox4x32-10 (Salmon et al., SC 2011) with the seed as its key hashes each number e // 8 to four 32-bit
+    words. Word (e % 8) // 2 serves entry e: its low half if e is even, else its high half. An entry stays if that
+    number is at least dropout * 2^16; so the share that is dropped is a multiple of 2^-16.
     """
-    generator = torch.Generator(device).manual_seed(seed)
     count = math.prod(shape)
-    draws = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
-    draws.random_(-(2**63), None, generator=generator)
-    return (draws.view(torch.int16)[:count] >= round(dropout * 2**16) - 2**15).view(shape)
+    counter = torch.arange(-(-count // 8), device=device)
+    words = torch.stack(philox(counter, seed), dim=-1)  # (counters, 4)
+    numbers = torch.stack([words & 0xFFFF, words >> 16], dim=-1).view(-1)[:count]
+    return (numbers >= threshold(dropout)).view(shape)
+
+
+def philox(counter: Int[Tensor, " counters"], seed: int) -> tuple[Int[Tensor, " counters"], ...]:
+    """Four 32-bit numbers for every counter, as int64."""
+    word = [counter & MASK, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
+    key = [seed & MASK, seed >> 32 & MASK]
+    for _ in range(10):
+        (high0, low0), (high1, low1) = (wide_product(word[0], 0xD2511F53), wide_product(word[2], 0xCD9E8D57))
+        word = [high1 ^ word[1] ^ key[0], low1, high0 ^ word[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & MASK, (key[1] + 0xBB67AE85) & MASK]
+    return tuple(word)
+
+
+MASK = 0xFFFFFFFF
+
+
+def wide_product(a: Int[Tensor, " counters"], b: int) -> tuple[Int[Tensor, " counters"], Int[Tensor, " counters"]]:
+    """High and low half of the 64-bit product of 32-bit numbers; int64 would overflow, so in two parts."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, (high << 16 | low & 0xFFFF) & MASK
+
+
+def threshold(dropout: float) -> int:
+    """The 16-bit number from which an entry stays."""
+    return round(dropout * 2**16)
 
 
 def dropout_seed() -> int:
     """A seed from torch's default generator, which checkpointing rewinds when it runs a layer again."""
     return int(torch.randint(2**63 - 1, ()))
+
+
+# What is refused
 
 
 def check_linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> None:
@@ -103,3 +189,8 @@ def check_lora(
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., C) -> (M, C): every token a row."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

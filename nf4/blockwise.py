@@ -9,8 +9,9 @@ is done a chunk at a time, so that a weight of any size takes a few megabytes be
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from nf4.codebook import code_bits, nearest_codes, zero_code
 from nf4.config import QuantConfig
-from nf4.double_quant import dequantize_absmax, quantize_absmax
+from nf4.double_quant import Nested, check_nested_sizes, dequantize_absmax, quantize_absmax
 from nf4.packing import pack, unpack, unpack_table
-from nf4.search import search_nested, search_scales
+from nf4.search import search_scales, squared_errors
 
 INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -88,7 +89,6 @@ class QuantizedTensor:
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
-@torch.no_grad()
 def quantize(
     weight: Shaped[Tensor, "..."], config: QuantConfig = QuantConfig(), *, name: str = "weight"
 ) -> QuantizedTensor:
@@ -97,22 +97,37 @@ def quantize(
     A weight halfway between two levels takes the lower one, and a block of zeros the code of zero, so that it
     decodes to exactly 0 whatever becomes of its scale. `name` is what an error message calls the weight.
     """
+    return quantize_by(STEPS, weight, config, name)
+
+
+class Steps(NamedTuple):
+    """What quantizing consists of. A device may have faster forms of them; the order they come in is one."""
+
+    block_absmax: Callable[[Tensor, int], Tensor]
+    search_scales: Callable[[Tensor, Tensor, QuantConfig], Tensor]
+    squared_errors: Callable[[Tensor, Tensor, QuantConfig], Tensor]
+    quantize_absmax: Callable[[Tensor, int], Nested]
+    encode: Callable[[Tensor, Tensor, QuantConfig], Tensor]
+
+
+@torch.no_grad()
+def quantize_by(steps: Steps, weight: Shaped[Tensor, "..."], config: QuantConfig, name: str) -> QuantizedTensor:
+    """`quantize`, with each step done as `steps` does it."""
     if weight.dtype not in INPUT_DTYPES:
         raise ValueError(f"{name} must be float32, float16 or bfloat16 to be quantized, not {weight.dtype}")
     flat = weight.detach().reshape(-1)
-    absmax = block_absmax(flat, config.block_size)
+    absmax = steps.block_absmax(flat, config.block_size)
     refuse_non_finite(flat, absmax, weight.shape, config.block_size, name)
 
-    searched = config.scale == "search"
-    scales = search_scales(flat, absmax, config) if searched else absmax
+    scales = steps.search_scales(flat, absmax, config) if config.scale == "search" else absmax
     nested = None
-    if config.double_quant and searched:
-        nested = search_nested(flat, absmax, scales, config)
+    if config.double_quant:
+        nested = steps.quantize_absmax(scales, config.nested_block_size)  # codes go by the scales before rounding
+    if nested and config.scale == "search":
+        nested = better_nested(steps, flat, absmax, nested, config)
         scales = dequantize_absmax(*nested, config.nested_block_size)  # what a reader will multiply by
-    elif config.double_quant:
-        nested = quantize_absmax(scales, config.nested_block_size)  # codes go by the scales before rounding
     return QuantizedTensor(
-        packed=encode(flat, scales, config),
+        packed=steps.encode(flat, scales, config),
         absmax=None if nested else scales,
         absmax_codes=nested[0] if nested else None,
         nested_absmax=nested[1] if nested else None,
@@ -123,13 +138,32 @@ def quantize(
     )
 
 
+def better_nested(
+    steps: Steps, flat: Float[Tensor, " n"], absmax: Float[Tensor, " num_blocks"], searched: Nested, config: QuantConfig
+) -> Nested:
+    """The searched scales in 8 bits, or absmax in 8 bits if that fits the weight better once decoded."""
+    plain = steps.quantize_absmax(absmax, config.nested_block_size)
+    searched_error, plain_error = (
+        steps.squared_errors(flat, dequantize_absmax(*each, config.nested_block_size), config).sum()
+        for each in (searched, plain)
+    )
+    return searched if searched_error < plain_error else plain
+
+
 @torch.no_grad()
-def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
-    """The weight that is stored: level times scale in float32, then one rounding to `dtype`."""
-    out = torch.empty(q.numel, dtype=dtype or q.dtype, device=q.device)
+def dequantize(
+    q: QuantizedTensor, dtype: torch.dtype | None = None, out: Float[Tensor, "..."] | None = None
+) -> Float[Tensor, "..."]:
+    """The weight that is stored: level times scale in float32, then one rounding to `dtype`.
+
+    `out` is where to put it, a contiguous tensor of q's shape and of `dtype`; without it memory is made.
+    """
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+    flat = out.view(-1)
     for start, values in decode(q):
-        out[start : start + len(values)].copy_(values)
-    return out.view(q.shape)
+        flat[start : start + len(values)].copy_(values)
+    return out
 
 
 def block_absmax(flat: Float[Tensor, " n"], block_size: int) -> Float[Tensor, " num_blocks"]:
@@ -185,18 +219,28 @@ def encode(
 
 def decode(q: QuantizedTensor) -> Iterator[tuple[int, Float[Tensor, " chunk"]]]:
     """The weight in float32, a chunk at a time, each with the position where it starts."""
+    check_sizes(q)
     bits, scales, block_size = code_bits(q.config.codebook), q.scales, q.config.block_size
-    if len(q.packed) != -(-q.numel * bits // 8) or len(scales) != -(-q.numel // block_size):
-        raise ValueError(
-            f"a weight of shape {q.shape} has {-(-q.numel * bits // 8)} bytes of {bits}-bit codes and "
-            f"{-(-q.numel // block_size)} scales, but {len(q.packed)} bytes and {len(scales)} scales came"
-        )
     table = unpack_table(q.config.codebook, q.device)
     for start in range(0, q.numel, CHUNK):
         stop = min(start + CHUNK, q.numel)
         values = unpack(q.packed[start * bits // 8 : -(-stop * bits // 8)], table, bits)[: stop - start]
         multiply_blocks(values, scales, start, block_size)
         yield start, values
+
+
+def check_sizes(q: QuantizedTensor) -> None:
+    """Refuse codes or scales that are too few or too many for the shape: a kernel would read past them."""
+    n, bits, block_size = q.numel, code_bits(q.config.codebook), q.config.block_size
+    scales = q.absmax if q.absmax_codes is None else q.absmax_codes
+    count = 0 if scales is None else len(scales)
+    if q.packed.numel() != -(-n * bits // 8) or count != -(-n // block_size):
+        raise ValueError(
+            f"a weight of shape {q.shape} has {-(-n * bits // 8)} bytes of {bits}-bit codes and "
+            f"{-(-n // block_size)} scales, but {q.packed.numel()} bytes and {count} scales came"
+        )
+    if q.absmax_codes is not None and q.nested_absmax is not None:
+        check_nested_sizes(q.absmax_codes, q.nested_absmax, q.config.nested_block_size)
 
 
 def normalized(
@@ -232,3 +276,6 @@ def multiply_blocks(
             values[first - start : last - start] *= scales[first // block_size]
     whole = values[head - start : tail - start].view(-1, block_size)
     whole *= scales[head // block_size : tail // block_size, None]
+
+
+STEPS = Steps(block_absmax, search_scales, squared_errors, quantize_absmax, encode)

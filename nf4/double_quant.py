@@ -10,7 +10,7 @@ fraction.
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 Nested = tuple[UInt8[Tensor, " num_blocks"], Float[Tensor, " num_nested_blocks"], Float[Tensor, ""]]
@@ -18,23 +18,42 @@ Nested = tuple[UInt8[Tensor, " num_blocks"], Float[Tensor, " num_nested_blocks"]
 
 def quantize_absmax(absmax: Float[Tensor, " num_blocks"], nested_block_size: int = 256) -> Nested:
     """Codes, second-level scales and offset of a vector of scales; each code is the exact nearest entry."""
-    offset = absmax.mean() if len(absmax) else absmax.new_zeros(())  # in float32, as bitsandbytes takes it
-    centred = absmax - offset
+    offset, centred = without_mean(absmax)
     nested_block_size = min(nested_block_size, max(len(absmax), 1))  # padding to more would only take memory
     padded = torch.nn.functional.pad(centred, (0, -len(absmax) % nested_block_size))
     blocks = padded.view(-1, nested_block_size)
     nested_absmax = blocks.abs().amax(dim=1)
+    check_finite(absmax, nested_absmax)
+
+    # In float64, so that no rounding carries a ratio across the midpoint between two entries.
+    ratio = blocks.double() / nested_absmax.double().clamp_min(1e-300)[:, None]
+    codes = torch.bucketize(ratio, entry_midpoints(absmax.device), out_int32=True)
+    return codes.to(torch.uint8).view(-1)[: len(absmax)], nested_absmax, offset
+
+
+def without_mean(absmax: Float[Tensor, " num_blocks"]) -> tuple[Float[Tensor, ""], Float[Tensor, " num_blocks"]]:
+    """The mean scale, in float32 as bitsandbytes takes it, and what it leaves of each scale."""
+    offset = absmax.mean() if len(absmax) else absmax.new_zeros(())
+    return offset, absmax - offset
+
+
+def check_finite(absmax: Float[Tensor, " num_blocks"], nested_absmax: Float[Tensor, " num_nested_blocks"]) -> None:
     if not nested_absmax.isfinite().all():
         raise ValueError(
             f"double quantization takes the mean of the scales in float32, and scales up to "
             f"{float(absmax.abs().max()):.3g} overflow it: store this weight with double_quant=False"
         )
 
-    # In float64, so that no rounding carries a ratio across the midpoint between two entries.
-    ratio = blocks.double() / nested_absmax.double().clamp_min(1e-300)[:, None]
-    entries = dynamic_map(signed=True).double().to(absmax.device)
-    codes = torch.bucketize(ratio, (entries[:-1] + entries[1:]) / 2, out_int32=True)
-    return codes.to(torch.uint8).view(-1)[: len(absmax)], nested_absmax, offset
+
+def check_nested_sizes(
+    codes: UInt8[Tensor, " num_blocks"], nested_absmax: Float[Tensor, " num_nested_blocks"], nested_block_size: int
+) -> None:
+    expected = -(-len(codes) // nested_block_size)
+    if len(nested_absmax) != expected:
+        raise ValueError(
+            f"{len(codes)} scales in blocks of {nested_block_size} have {expected} second-level scales, "
+            f"but {len(nested_absmax)} came"
+        )
 
 
 def dequantize_absmax(
@@ -44,12 +63,7 @@ def dequantize_absmax(
     nested_block_size: int = 256,
 ) -> Float[Tensor, " num_blocks"]:
     """The float32 scales that are stored: entry times second-level scale, then plus offset, each rounded."""
-    expected = -(-len(codes) // nested_block_size)
-    if len(nested_absmax) != expected:
-        raise ValueError(
-            f"{len(codes)} scales in blocks of {nested_block_size} have {expected} second-level scales, "
-            f"but {len(nested_absmax)} came"
-        )
+    check_nested_sizes(codes, nested_absmax, nested_block_size)
     nested_block_size = min(nested_block_size, max(len(codes), 1))
     entries = map_on(codes.device).index_select(0, codes.int())
     padded = torch.nn.functional.pad(entries, (0, -len(codes) % nested_block_size))
@@ -78,3 +92,11 @@ def map_on(device: torch.device) -> Float[Tensor, "256"]:
     """The signed map, kept on each device that has asked for it."""
     with torch.inference_mode(False), torch.device("cpu"):
         return dynamic_map(signed=True).to(device)
+
+
+@lru_cache
+def entry_midpoints(device: torch.device) -> Float64[Tensor, "255"]:
+    """Halfway between neighbours of the signed map, exactly."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        entries = dynamic_map(signed=True).double()
+        return ((entries[:-1] + entries[1:]) / 2).to(device)

@@ -42,7 +42,6 @@ from torch import Tensor
 
 from nf4.codebook import ascending, levels_of, nearest_codes
 from nf4.config import QuantConfig
-from nf4.double_quant import Nested, dequantize_absmax, quantize_absmax
 
 # Below 0.3 lies the best scale of no block of 64 normal weights; blocks of thousands with heavy tails use
 # the low end. Above 1 the outermost level is left idle and the next one fits the largest weight.
@@ -72,24 +71,6 @@ def search_scales(
     return scales
 
 
-def search_nested(
-    flat: Float[Tensor, " n"],
-    absmax: Float32[Tensor, " num_blocks"],
-    scales: Float32[Tensor, " num_blocks"],
-    config: QuantConfig,
-) -> Nested:
-    """The searched scales in 8 bits, or absmax in 8 bits if that fits the weight better once decoded."""
-    candidates = [quantize_absmax(each, config.nested_block_size) for each in (scales, absmax)]
-    errors = []
-    for nested in candidates:
-        decoded = dequantize_absmax(*nested, config.nested_block_size)
-        error = flat.new_zeros((), dtype=torch.float64)
-        for first, blocks in chunks(flat, config.block_size):
-            error += squared_error(blocks, decoded[first : first + len(blocks)], config.codebook).sum()
-        errors.append(error)
-    return candidates[0] if errors[0] < errors[1] else candidates[1]
-
-
 def best_ratio(unit: Float32[Tensor, "blocks block_size"], name: str) -> Float32[Tensor, " blocks"]:
     """Of the candidate ratios, the one whose codes leave the least error once their scale is refitted."""
     table, ratios = candidate_table(name, unit.device)
@@ -115,6 +96,17 @@ def squared_error(
     """The squared error of each block, decoded as a reader does; summed in float64."""
     decoded = nearest_levels(blocks, scales, name).mul_(scales[:, None])
     return (blocks - decoded).double().square_().sum(1)
+
+
+def squared_errors(
+    flat: Float[Tensor, " n"], scales: Float32[Tensor, " num_blocks"], config: QuantConfig
+) -> Float64[Tensor, " num_blocks"]:
+    """The squared error that each block of a weight has under these scales."""
+    parts = [
+        squared_error(blocks, scales[first : first + len(blocks)], config.codebook)
+        for first, blocks in chunks(flat, config.block_size)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=flat.device)
 
 
 def chunks(flat: Float[Tensor, " n"], block_size: int) -> Iterator[tuple[int, Float32[Tensor, "blocks block_size"]]]:

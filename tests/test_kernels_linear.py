@@ -112,12 +112,20 @@ def test_only_the_gradients_asked_for_are_made():
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_what_is_kept_for_backward_is_x_the_adapter_and_little_else(dropout):
     x, q, lora_a, lora_b, bias = layer(K=64, N=48, tokens=(10,))
+    stored = {t.data_ptr() for t in q.tensors().values()}
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor):
+        if tensor.data_ptr() not in stored:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         kernels.nf4_linear(x, q, bias)
         assert kept == []
         kernels.nf4_lora_linear(x, q, lora_a, lora_b, 1.0, bias, dropout)
-    assert [t.shape for t in kept] == [x.shape, lora_a.shape, lora_b.shape, (10, R)]
+    seed = [torch.Size([])] if dropout else []
+    assert [t.shape for t in kept] == [x.shape, lora_a.shape, lora_b.shape, *seed, (10, R)]
     assert kept[0].data_ptr() == x.data_ptr()  # x itself, not what dropout left of it
 
 
@@ -158,6 +166,7 @@ def test_dropout_keeps_its_share_and_the_mean_and_spares_the_base():
 def test_a_seed_fixes_the_mask_and_none_draws_one_from_torch():
     mask = reference.dropout_mask((50, 50), 0.5, 3, torch.device("cpu"))
     assert torch.equal(mask, reference.dropout_mask((50, 50), 0.5, 3, torch.device("cpu")))
+    assert torch.equal(mask.view(-1)[:77], reference.dropout_mask((7, 11), 0.5, 3, torch.device("cpu")).view(-1))
     assert not torch.equal(mask, reference.dropout_mask((50, 50), 0.5, 4, torch.device("cpu")))
     x, q, lora_a, lora_b, _ = layer()
 
