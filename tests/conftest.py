@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so before any of them is imported
 
 import tests.interpreter
-import tests.typecheck  # noqa: F401 (the hook below looks it up by name)
+import tests.typecheck
 
 tests.interpreter.mend()
 install_import_hook(["nf4", "kernels", "models", "eval", "train"], "tests.typecheck.check")

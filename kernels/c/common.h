@@ -103,3 +103,8 @@ INLINE __m512i codes_of_8_bytes(const uint8_t *p) {
     return _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
 }
 #endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define ROUNDS_TO_BF16 1
+/* The conversion instruction flushes subnormal numbers to zero; is there one? */
+INLINE int subnormal(__m512 v) { return _mm512_fpclass_ps_mask(v, 0x20); }
+#endif

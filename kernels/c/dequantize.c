@@ -24,11 +24,10 @@ INLINE void fill(Table *t, const float *levels, float scale, int dtype) {
 INLINE __m512i half_table(const float *levels, float scale, int dtype) {
     __m512 wide = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale));
     if (dtype == F16) return _mm512_broadcast_i64x4(_mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
-#if defined(__AVX512BF16__)
-    __mmask16 tiny = _mm512_cmp_ps_mask(_mm512_abs_ps(wide), _mm512_set1_ps(1.17549435e-38f), _CMP_LT_OQ);
-    if (__builtin_expect(tiny == 0, 1)) return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(wide));
+#if defined(ROUNDS_TO_BF16)
+    if (!subnormal(wide)) return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(wide));
 #endif
-    uint16_t half[16]; /* without the instruction, or where it would flush a subnormal number to zero */
+    uint16_t half[16];
     float value[16];
     _mm512_storeu_ps(value, wide);
     for (int i = 0; i < 16; i++) half[i] = to_bf16(value[i]);
