@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import training
+from benchmarks.timing import Timing
 from benchmarks.training import TINY, Setting, Stepper
 
 SETTING = Setting(config=TINY, batch=2, tokens=24, rank=4, dropout=0.0)
@@ -71,6 +72,22 @@ def test_blocks_are_checkpointed_in_both(ours, peer, monkeypatch):
         assert blocks == list(step.model.model.layers)
 
 
+def test_each_row_is_timed_with_its_own_dropout(monkeypatch):
+    seen = []
+
+    def timed(steps, repeats, seconds):
+        found = [{layer.dropout for layer in s.model.modules() if hasattr(layer, "lora_A")} for s in steps.values()]
+        seen.append(found)
+        return {name: Timing(1.0, 1.0, 1.0, repeats) for name in steps}
+
+    monkeypatch.setattr(training, "interleaved", timed)
+    monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
+    rows = training.measure(SETTING, dropouts=(0.0, 0.2), repeats=1)
+    contestants = len(seen[0])
+    assert seen == [[{0.0}] * contestants, [{0.2}] * contestants]
+    assert rows[0]["ours_tokens_s"] == SETTING.batch * SETTING.tokens
+
+
 def test_rows_have_speed_and_memory_of_each_dropout(monkeypatch):
     pytest.importorskip("bitsandbytes")
     asked = []
@@ -85,7 +102,8 @@ def test_rows_have_speed_and_memory_of_each_dropout(monkeypatch):
 
 def test_the_peak_is_that_of_a_process_of_its_own():
     above, whole = training.peak_of("ours", SETTING)
-    assert 0 <= above < 2**28 < whole / 0.5 < 2**33  # a tiny model on top of torch
+    assert 0 <= above < 2**26  # what torch loads at its first step, over 2**27, is not counted
+    assert 2**27 < whole < 2**33
     wide = dataclasses.replace(SETTING, config=dataclasses.replace(TINY, vocab_size=300_000))
     assert training.peak_of("ours", wide)[0] > 2 * 64 * 300_000  # the embedding alone, in bfloat16
 
