@@ -6,18 +6,23 @@ something wrong, not merely slow, lists it under "failures" and the verb ends wi
 """
 
 import difflib
+import importlib
 import json
+import pkgutil
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tyro.conf import Positional
 
+import kernels
 from benchmarks.provenance import provenance
 from benchmarks.targets import verdicts
 from models.device import pick_device
+from models.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,19 +86,21 @@ def command(options: BenchOptions, console: "Console") -> Result:
 
 def bench_kernels(options: BenchOptions, console: "Console") -> Result:
     """Correctness first, then every operator beside its rivals."""
-    from benchmarks import correctness, kernels
+    from benchmarks import correctness
+    from benchmarks.kernels import measure
 
     if options.aot:
         return gate(options.aot, console)
+    if options.tune:
+        return tuned(console)
     device = str(pick_device(options.device))
     sizes = parse_sizes(options.sizes) if options.sizes else None
-    if options.tune:
-        from benchmarks import tune
-
-        return {"rows": tune.search(device, sizes=sizes, repeats=options.repeats)}
     checked = correctness.check(device)
-    rows = kernels.measure(device, sizes, options.repeats)
-    names = ["×".join(map(str, row["shape"])) + f" {row['case']}" for row in rows]
+    rows = measure(device, sizes, options.repeats)
+    shapes = ["×".join(map(str, row["shape"])) for row in rows]
+    console.print(f"weights: {', '.join(dict.fromkeys(shapes))} in bfloat16, NF4 with double quantization")
+    several = len(set(shapes)) > 1
+    names = [f"{shape} {row['case']}" if several else row["case"] for shape, row in zip(shapes, rows, strict=True)]
     show(console, names, rows, ["ours_ms", "bitsandbytes_ms", "bitsandbytes_repacked_ms", "dense_ms"])
     show(console, names, rows, ["vs_bitsandbytes", "vs_bitsandbytes_repacked", "vs_dense", "bandwidth_share"])
     show_verdicts(console, names, rows)
@@ -112,8 +119,8 @@ def bench_training(options: BenchOptions, console: "Console") -> Result:
     rows = training.measure(setting, repeats=options.repeats)
     names = [f"dropout {row['dropout']}" for row in rows]
     show(console, names, rows, ["ours_tokens_s", "peer_tokens_s", "speed_ratio"])
-    show(console, names, in_mib(rows), ["ours_peak", "peer_peak", "peak_ratio"])
-    show(console, names, in_mib(rows), ["ours_peak_above_start", "peer_peak_above_start", "peak_above_start_ratio"])
+    for peak in ("peak", "peak_above_start"):
+        show(console, names, in_mib(rows), [f"ours_{peak}_MiB", f"peer_{peak}_MiB", f"{peak}_ratio"])
     show_verdicts(console, names, rows)
     return {"rows": rows, "setting": training.described(setting)}
 
@@ -126,8 +133,6 @@ BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result]] = {
 
 def gate(chips: str, console: "Console") -> Result:
     """Every shipped kernel compiled for chips that need not be here."""
-    from dataclasses import asdict
-
     from benchmarks import aot
 
     reports = aot.gate(chips.split(","))
@@ -136,6 +141,18 @@ def gate(chips: str, console: "Console") -> Result:
         "rows": [asdict(report) for report in reports],
         "failures": [failure for report in reports for failure in report.failures()],
     }
+
+
+def tuned(console: "Console") -> Result:
+    """Every launch worth trying of every kernel that has a choice, timed on the GPU at hand."""
+    if not torch.cuda.is_available():
+        raise ConfigError("tune: kernels are timed where they run, and torch sees no CUDA GPU here")
+    from benchmarks import tune
+
+    modules = [importlib.import_module(f"kernels.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)]
+    timings = [timing for module in modules if hasattr(module, "candidates") for timing in tune.tune(module)]
+    console.print(tune.table(timings))
+    return {"rows": [row | {"launch": str(row["launch"])} for row in map(asdict, timings)]}
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:
@@ -152,7 +169,7 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
 def in_mib(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with their peaks in MiB, as a person reads them."""
     peaks = ("ours_peak", "peer_peak", "ours_peak_above_start", "peer_peak_above_start")
-    return [row | {name: row[name] / 2**20 for name in peaks if name in row} for row in rows]
+    return [row | {f"{name}_MiB": row[name] / 2**20 for name in peaks if name in row} for row in rows]
 
 
 def show(console: "Console", names: list[str], rows: list[dict[str, Any]], columns: list[str]) -> None:

@@ -208,6 +208,8 @@ class Peer:
         weight = self.bitsandbytes.nn.Params4bit(self.o.dense[0], quant_type="nf4", module=layer)
         layer.weight = weight.to(self.o.device)
         layer.eval()
+        if not layer.support_avx512bf16_for_cpu:
+            return {"bitsandbytes": stored}
         return {"bitsandbytes": stored, "bitsandbytes_repacked": lambda i: layer(x)}
 
     def adapted(self, lora: Lora) -> list[Any]:

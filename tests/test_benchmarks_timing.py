@@ -1,8 +1,9 @@
 """Turns and medians, told by a clock that the test moves."""
 
 import pytest
+import torch
 
-from benchmarks.timing import Rotation, Timing, interleaved, stopwatch
+from benchmarks.timing import GraphClock, Rotation, Timing, copy_bandwidth, interleaved, stopwatch
 
 
 class Clock:
@@ -60,3 +61,39 @@ def test_the_default_clock_is_of_this_machine():
 def test_no_repeats_have_no_median():
     with pytest.raises(ValueError, match="repeats is 0; a median needs at least 1"):
         interleaved({}, 0)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """CUDA events on the test's clock, in milliseconds as they are."""
+    clock = Clock()
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0.0
+
+        def record(self):
+            self.at = clock()
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return clock
+
+
+def test_on_a_gpu_a_time_is_that_of_one_replay_after_one_to_warm_up(events):
+    assert GraphClock(replays=3, record=False)(events.work("ours", [100, 1, 2, 6])) == 3
+    assert events.log == ["ours"] * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_replays_what_was_recorded():
+    x, called = torch.ones(1024, device="cuda"), []
+    clock = GraphClock(replays=4)
+    assert 0 < clock(lambda: called.append(x.add_(1))) < 1
+    assert len(called) == 2  # on the side stream, and when it was recorded
+    assert 1e9 < copy_bandwidth(1, 2**26) < 1e14
