@@ -5,7 +5,7 @@ as much as the definition does in the same dtype on the same device, both agains
 M tokens, N outputs, K inputs, R rank.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ def check(device: str, shapes: Iterable[tuple[int, int, int]] | None = None) -> 
     rows = []
     for M, N, K in shapes_for(device) if shapes is None else shapes:
         for dtype in (torch.bfloat16, torch.float16):
+            about = {"dtype": str(dtype).removeprefix("torch."), "shape": [M, N, K]}
+            rows += [row | about for row in layers(M, N, K, dtype, device)]
             for config in (nf4.QuantConfig(), nf4.QuantConfig("int4", 128, double_quant=False)):
-                for row in rows_of(M, N, K, dtype, config, device):
-                    about = {"dtype": str(dtype).removeprefix("torch."), "codebook": config.codebook}
-                    rows.append(row | {"shape": [M, N, K], **about, "block_size": config.block_size})
+                stored = about | {"codebook": config.codebook, "block_size": config.block_size}
+                rows += [row | stored for row in products(M, N, K, dtype, config, device)]
     return rows
 
 
@@ -44,11 +45,11 @@ def failures(rows: Iterable[dict[str, Any]]) -> list[str]:
     for row in rows:
         if not row["right"]:
             what = f"errs by {row['error']:.3g}, allowed {row['allowed']:.3g}" if "error" in row else "differs"
-            told.append(f"{row['operator']} {row['shape']} {row['dtype']} {row['codebook']} {what}")
+            told.append(f"{row['operator']} {row['shape']} {row['dtype']} {row.get('codebook', '')} {what}")
     return told
 
 
-def rows_of(
+def products(
     M: int, N: int, K: int, dtype: torch.dtype, config: nf4.QuantConfig, device: str
 ) -> Iterator[dict[str, Any]]:
     generator = torch.Generator(device).manual_seed(0)
@@ -89,6 +90,39 @@ def rows_of(
     named = ("y", "dx", "da", "db")
     for name, *three in zip(named, outcome(kernels, True), outcome(reference, True), lora, strict=True):
         yield close(f"nf4_lora_linear {name}", *three)
+
+
+def layers(M: int, N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[dict[str, Any]]:
+    """The layers around the products, and the loss: M tokens of width K, a vocabulary of N."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    angles = torch.arange(M, device=device)[:, None] * 10000.0 ** (-torch.arange(32, device=device) / 32)
+    cos, sin = angles.cos()[None, None], angles.sin()[None, None]  # (1, 1, M, 32)
+    labels = torch.randint(N, (M,), generator=generator, device=device)
+    cases: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        "rms_norm": (lambda form, x, weight: form.rms_norm(x, weight, 1e-5), (random(M, K), random(K))),
+        "rotate": (lambda form, x: form.rotate(x, cos, sin), (random(1, 3, M, 64),)),
+        "swiglu": (lambda form, gate, up: form.swiglu(gate, up), (random(M, K), random(M, K))),
+        "linear_cross_entropy": (
+            lambda form, hidden, weight: form.linear_cross_entropy(hidden, weight, labels),
+            (random(M, K), random(N, K) * K**-0.5),
+        ),
+    }
+    for name, (call, given) in cases.items():
+        if not hasattr(kernels, name):
+            continue
+        dy: Tensor | None = None
+        outcomes = []
+        for form, to in ((kernels, dtype), (reference, dtype), (reference, torch.float64)):
+            leaves = [tensor.detach().to(to).requires_grad_() for tensor in given]
+            y = call(form, *leaves)
+            dy = random(*y.shape) if dy is None else dy
+            outcomes.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
+        for i, three in enumerate(zip(*outcomes, strict=True)):
+            yield close(f"{name} {'y' if i == 0 else f'gradient {i}'}", *three)
 
 
 def exact(name: str, ours: list[Tensor], expected: list[Tensor]) -> dict[str, Any]:
