@@ -181,7 +181,7 @@ def finished(work: Callable[[], object], device: str) -> Callable[[], object]:
 
 
 def peak_of(name: str, setting: Setting) -> tuple[int, int]:
-    """Bytes at the peak of three steps in a process of their own: above its start, and in all."""
+    """Bytes at the peak of two steps in a process of their own: above its start, and in all."""
     command = [sys.executable, "-m", "benchmarks.training", name, json.dumps(asdict(setting))]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
@@ -198,7 +198,7 @@ def peak_here(name: str, setting: Setting) -> tuple[int, int]:
     Stepper(BUILDERS[name](small), small)()
     before = peak_memory_bytes(setting.device)
     step = Stepper(BUILDERS[name](setting), setting)
-    for _ in range(3):
+    for _ in range(2):  # the second has the optimizer's state beside its activations
         step()
     whole = peak_memory_bytes(setting.device)
     return whole - before, whole

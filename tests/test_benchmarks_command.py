@@ -262,3 +262,11 @@ def test_a_commit_is_of_this_tree():
     from benchmarks.provenance import provenance
 
     assert provenance("cpu", "given")["commit"] == "given"
+
+
+def test_a_torch_that_cannot_tell_the_cpu_still_tells_the_machine(monkeypatch):
+    from benchmarks.provenance import machine
+
+    assert "cpu instructions" in machine()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert machine().keys() == {"cpu", "gpu"}
