@@ -1,17 +1,15 @@
 """How improbable a model finds each token of a text.
 
-The logits of a whole batch are the largest tensor of an evaluation by far (tokens times vocabulary, in
-float32); here they exist for a few hundred positions at a time.
+The logits of a whole batch would be the largest tensor of an evaluation by far (tokens times vocabulary);
+`kernels.linear_cross_entropy` has them for a few hundred positions at a time.
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+import kernels
 from models import Llama
-
-POSITIONS_AT_A_TIME = 512
 
 
 @torch.inference_mode()
@@ -22,8 +20,4 @@ def token_losses(
     B, T = input_ids.shape
     hidden = model.model(input_ids, attention_mask)[:, :-1].flatten(0, 1)  # (B (T - 1), D)
     targets = input_ids[:, 1:].flatten()
-    losses = [
-        F.cross_entropy(model.head(h).float(), target, reduction="none")
-        for h, target in zip(hidden.split(POSITIONS_AT_A_TIME), targets.split(POSITIONS_AT_A_TIME), strict=True)
-    ]
-    return torch.cat(losses).view(B, T - 1)
+    return kernels.linear_cross_entropy(hidden, model.head_weight, targets, reduction="none").view(B, T - 1)

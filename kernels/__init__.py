@@ -6,10 +6,21 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.dispatch import form
+from kernels.layer_ops import linear_cross_entropy, rms_norm, rotate, swiglu
 from kernels.linear import nf4_linear, nf4_lora_linear
 from nf4 import QuantConfig, QuantizedTensor
 
-__all__ = ["dequantize", "nf4_linear", "nf4_lora_linear", "quantize", "reference"]
+__all__ = [
+    "dequantize",
+    "linear_cross_entropy",
+    "nf4_linear",
+    "nf4_lora_linear",
+    "quantize",
+    "reference",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+]
 
 
 def quantize(

@@ -1,10 +1,10 @@
 """The C operators, built at first use with the compiler of this machine.
 
-The sources in `kernels/c` take a second to compile, so no binary is shipped and the result fits this CPU. It is
-kept in a cache folder under a name that tells the sources, the compiler and the CPU apart, and is moved there whole, so that
-processes which build at the same time do not disturb one another. OpenMP comes from the runtime that torch has
-loaded: two of them would fight over the cores. Without a compiler, or if the build fails, one line in the
-log says so and everything runs in plain torch.
+The sources in `kernels/c` take two seconds to compile, so no binary is shipped and the result fits this CPU. It
+is kept in a cache folder under a name that tells the sources, the compiler and the CPU apart, and is moved there
+whole, so that processes which build at the same time do not disturb one another. OpenMP comes from the runtime
+that torch has loaded: two of them would fight over the cores. Without a compiler, or if the build fails, one
+line in the log says so and everything runs in plain torch.
 """
 
 import ctypes
@@ -86,7 +86,7 @@ def fingerprint(compiler: str, extra: tuple[str, ...]) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     cpu = [platform.machine(), *map(str, sorted(torch.cpu.get_capabilities().items()))]
     digest = hashlib.sha256("\n".join([version, *FLAGS, *extra, *cpu]).encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -100,6 +100,12 @@ class Scales(ctypes.Structure):
     ]
 
 
+class View(ctypes.Structure):
+    """A (B, H, T, C) tensor of bfloat16 whose channels are dense: its address, and three strides in elements."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((axis, ctypes.c_int64) for axis in "bht")]
+
+
 class Codebook(ctypes.Structure):
     """Ascending levels, the midpoints between them, and the code of each level (null: its rank)."""
 
@@ -107,7 +113,7 @@ class Codebook(ctypes.Structure):
 
 
 P, L, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float  # noqa: E741
-S, B = ctypes.POINTER(Scales), ctypes.POINTER(Codebook)
+S, B, V = ctypes.POINTER(Scales), ctypes.POINTER(Codebook), ctypes.POINTER(View)
 SIGNATURES = {
     "dequantize": (None, P, S, P, P, L, L, I, I),
     "prefer_huge_pages": (None, P, L),
@@ -120,6 +126,9 @@ SIGNATURES = {
     "multiplies_bf16": (I,),
     "dropout_mask": (None, P, L, L, I, I),
     "thin": (None, P, P, L, L, I, F, I, I),
+    "attention": (I, V, V, V, V, P, L, L, L, L, L, F, I),
+    "attention_grad": (I, V, V, V, V, P, V, V, V, V, L, L, L, L, L, F, I),
+    "attends_in_bf16": (I,),
 }
 
 

@@ -194,3 +194,107 @@ def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def rows(x: Tensor) -> Tensor:
     """(..., C) -> (M, C): every token a row."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+# The layers around the products.
+
+__all__ += ["linear_cross_entropy", "rms_norm", "rotate", "swiglu"]
+
+
+def rms_norm(x: Float[Tensor, "..."], weight: Float[Tensor, "..."], eps: float) -> Float[Tensor, "..."]:
+    """(..., D) -> (..., D): x / sqrt(mean(x²) + eps) * weight, with the statistics in float32."""
+    check_norm(x, weight)
+    h = x.to(wide(x.dtype))
+    h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps)
+    return (weight * h.to(x.dtype)).to(x.dtype)
+
+
+def rotate(x: Float[Tensor, "..."], cos: Float[Tensor, "..."], sin: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """(B, H, T, C) -> (B, H, T, C): turn each pair of channels (c, c + C/2) by its angle, in float32.
+
+    cos and sin are (B, 1, T, C/2), or have 1 for B. They are constants: no gradient flows to them.
+    """
+    check_rotation(x, cos, sin)
+    cos, sin = cos.detach(), sin.detach()
+    first, second = x.to(wide(x.dtype)).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def swiglu(gate: Float[Tensor, "..."], up: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """silu(gate) * up, entry by entry, where silu(g) = g / (1 + exp(-g))."""
+    check_gate(gate, up)
+    return F.silu(gate) * up
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "..."],
+    weight: Float[Tensor, "..."],
+    targets: Int[Tensor, "..."],
+    ignore_index: int = -100,
+    *,
+    reduction: str = "mean",
+) -> Float[Tensor, "..."]:
+    """Cross-entropy of each target, in nats and float32, under the logits hidden weight^T.
+
+    hidden is (L, D), weight (V, D), targets (L). Targets equal to `ignore_index` are not scored. "mean" is over those
+    that are (NaN if none is); "none" gives the loss of each target, 0 where it is not scored.
+    """
+    check_cross_entropy(hidden, weight, targets, reduction)
+    check_targets(targets, weight.shape[0], ignore_index)
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(
+        logits.to(wide(logits.dtype)), targets.long(), ignore_index=ignore_index, reduction=reduction
+    )
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums over values of `dtype` are kept in: float32, or more where the values have more."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def check_norm(x: Tensor, weight: Tensor) -> None:
+    if not x.ndim or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"the norm's weight has one entry per feature, but it is {tuple(weight.shape)} and x is {tuple(x.shape)}"
+        )
+
+
+def check_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if x.ndim != 4 or x.shape[-1] % 2:
+        raise ValueError(f"rotated are (B, H, T, C) with an even number C of channels, not {tuple(x.shape)}")
+    B, _, T, C = x.shape
+    if cos.shape != sin.shape or cos.shape not in ((B, 1, T, C // 2), (1, 1, T, C // 2)):
+        raise ValueError(
+            f"cos and sin of x {tuple(x.shape)} are ({B}, 1, {T}, {C // 2}) or have 1 for {B}, "
+            f"not {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+
+
+def check_gate(gate: Tensor, up: Tensor) -> None:
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(
+            f"gate and up agree in shape and dtype, but they are {tuple(gate.shape)} {gate.dtype} "
+            f"and {tuple(up.shape)} {up.dtype}"
+        )
+
+
+def check_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden is (L, D) and weight (V, D), but they are {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"there is one target per row of hidden {tuple(hidden.shape)}, not {tuple(targets.shape)}")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden and weight have one dtype, but they are {hidden.dtype} and {weight.dtype}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction is "mean" or "none", not {reduction!r}')
+
+
+def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))]
+    if wrong.numel():
+        raise ValueError(
+            f"targets are {ignore_index} (not scored) or in [0, {vocabulary}), the size of the vocabulary, "
+            f"but one is {int(wrong[0])}"
+        )

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 from models.cache import Cache, LayerCache
 from models.config import LlamaConfig
 from models.linear import Linear
-from models.rope import rotary_table, rotate
+from models.rope import rotary_table
 
 
 class RMSNorm(nn.Module):
@@ -26,9 +27,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -46,8 +45,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        cos: Float[Tensor, "B 1 T C"],
-        sin: Float[Tensor, "B 1 T C"],
+        cos: Float[Tensor, "B 1 T half"],
+        sin: Float[Tensor, "B 1 T half"],
         mask: Bool[Tensor, "B 1 T S"] | None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "B T D"]:
@@ -56,7 +55,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, C)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, C)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, C)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, C)
 
@@ -76,7 +75,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, D, bias)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -92,8 +91,8 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        cos: Float[Tensor, "B 1 T C"],
-        sin: Float[Tensor, "B 1 T C"],
+        cos: Float[Tensor, "B 1 T half"],
+        sin: Float[Tensor, "B 1 T half"],
         mask: Bool[Tensor, "B 1 T S"] | None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "B T D"]:
@@ -156,8 +155,12 @@ class Llama(nn.Module):
 
     def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits from the decoder's output."""
-        table = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, table.weight)
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """One row for each token that may come next."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def loss(
         self,
@@ -168,8 +171,8 @@ class Llama(nn.Module):
     ) -> Float[Tensor, ""]:
         """Mean cross-entropy, in float32, of each label given the tokens before it; -100 is not scored.
 
-        Only the positions that are scored go through the head: with a large vocabulary the logits of a
-        prompt would be most of the memory of a small model, and they are worth nothing.
+        Only the positions that are scored go through the head, some at a time: with a large vocabulary the
+        logits of a batch would be most of the memory of a small model.
         """
         if input_ids.shape != labels.shape:
             raise ValueError(
@@ -181,7 +184,7 @@ class Llama(nn.Module):
         hidden = hidden[scored]  # (labels, D)
         if hidden.shape[0] == 0:
             raise ValueError("no label to score: every one is -100, or stands at the start of its row")
-        return F.cross_entropy(self.head(hidden).float(), targets[scored])
+        return kernels.linear_cross_entropy(hidden, self.head_weight, targets[scored])
 
     @staticmethod
     def label_count(labels: Int[Tensor, "B T"]) -> int:

@@ -1,6 +1,6 @@
 """Rotary positions: each pair of channels (c, c + C/2) turns by an angle that grows with the position.
 
-Axes: B batch, T tokens, H heads, C channels per head. Angles are computed in float32 from the config on
+Axes: B batch, T tokens, C channels per head. Angles are computed in float32 from the config on
 every forward pass (a few hundred numbers), so no cast of the model can round them.
 """
 
@@ -15,20 +15,13 @@ from models.config import LlamaConfig
 
 def rotary_table(
     positions: Int[Tensor, "B T"], config: LlamaConfig
-) -> tuple[Float[Tensor, "B 1 T C"], Float[Tensor, "B 1 T C"]]:
-    """Cosines and sines of every position, float32, with an axis of 1 for the heads."""
-    angles = positions[..., None].float() * inverse_frequencies(config, positions.device)  # (B, T, C/2)
-    angles = torch.cat([angles, angles], dim=-1)[:, None]
+) -> tuple[Float[Tensor, "B 1 T half"], Float[Tensor, "B 1 T half"]]:
+    """Cosines and sines of every position and channel pair, float32, with an axis of 1 for the heads.
+
+    `kernels.rotate` turns by them.
+    """
+    angles = (positions[..., None].float() * inverse_frequencies(config, positions.device))[:, None]
     return angles.cos(), angles.sin()
-
-
-def rotate(
-    x: Float[Tensor, "B H T C"], cos: Float[Tensor, "B 1 T C"], sin: Float[Tensor, "B 1 T C"]
-) -> Float[Tensor, "B H T C"]:
-    """Turn every channel pair of x by its angle; computed in float32, returned in x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos + turned * sin).to(x.dtype)
 
 
 def inverse_frequencies(config: LlamaConfig, device: torch.device) -> Float[Tensor, " half"]:

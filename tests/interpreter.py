@@ -71,7 +71,7 @@ def mend() -> None:
     def initialize_unwrapped(self: Any, fn: Any, **options: Any) -> None:
         initialize(self, inspect.unwrap(fn), **options)
 
-    interpreter._convert_float = convert_float
+    interpreter._convert_float = convert_float  # pyrefly: ignore[bad-assignment]
     Builder.create_dot, Builder.binary_op = create_dot, binary_op
     interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter.InterpretedFunction.__init__ = initialize_unwrapped

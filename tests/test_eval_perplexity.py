@@ -21,7 +21,7 @@ def test_each_token_is_scored_by_the_logits_before_it(model, monkeypatch):
     ids = torch.randint(0, 128, (3, 10))
     expected = -model(ids).log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(token_losses(model, ids), expected)
-    monkeypatch.setattr("eval.scoring.POSITIONS_AT_A_TIME", 4)
+    monkeypatch.setattr("kernels.chunked.CHUNK_BYTES", {"cpu": 1})  # 16 positions at a time
     torch.testing.assert_close(token_losses(model, ids), expected)
 
 

@@ -16,6 +16,7 @@
 
 enum { F32, BF16, F16 };
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define UNROLL _Pragma("GCC unroll 8")
 #define INLINE static inline __attribute__((always_inline))
 
 /* ---- numbers: everything is computed in float32 and rounded to nearest, ties to even ---- */

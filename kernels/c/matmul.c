@@ -57,6 +57,8 @@ INLINE float total(Vec v) {
 }
 #endif
 
+enum { MOST_ROWS = 4, MOST_TOKENS = 8 };
+
 typedef struct {
     const void *x; /* (M, K): bfloat16 where the machine multiplies it, else float32 */
     const uint8_t *packed;
@@ -68,22 +70,22 @@ typedef struct {
 /* R rows of W from `row` on with M tokens; `scale` holds K / unit scales for each row. */
 INLINE void product_wide(const Product *a, int64_t row, const float *scale, const int M, const int R, float *sums) {
     int64_t K = a->K, units = K / a->unit;
-    Vec sum[R][M];
-    for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) sum[r][m] = zero();
+    Vec sum[MOST_ROWS][MOST_TOKENS]; /* R by M of them, all in registers: sizes known here and loops unrolled */
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sum[r][m] = zero();
     for (int64_t u = 0; u < units; u++) {
-        float wide[R][16];
-        Levels table[R];
-        for (int r = 0; r < R; r++) {
+        float wide[MOST_ROWS][16];
+        Levels table[MOST_ROWS];
+        UNROLL for (int r = 0; r < R; r++) {
             for (int i = 0; i < 16; i++) wide[r][i] = rounded(a->levels[i] * scale[r * units + u], a->dtype);
             table[r] = levels_for(wide[r]);
         }
         for (int64_t k = u * a->unit; k < (u + 1) * a->unit; k += LANES)
-            for (int r = 0; r < R; r++) {
+            UNROLL for (int r = 0; r < R; r++) {
                 Vec w = look_up(table[r], a->packed + ((row + r) * K + k) / 2);
-                for (int m = 0; m < M; m++) sum[r][m] = add_product(sum[r][m], w, (const float *)a->x + m * K + k);
+                UNROLL for (int m = 0; m < M; m++) sum[r][m] = add_product(sum[r][m], w, (const float *)a->x + m * K + k);
             }
     }
-    for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) sums[r * M + m] = total(sum[r][m]);
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r * M + m] = total(sum[r][m]);
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -91,25 +93,25 @@ enum { MULTIPLIES_BF16 = 1 };
 /* The same with 32 bfloat16 weights a vector, multiplied in pairs; the sums are float32. */
 INLINE void product_bf16(const Product *a, int64_t row, const float *scale, const int M, const int R, float *sums) {
     int64_t K = a->K, units = K / a->unit;
-    __m512 levels = _mm512_loadu_ps(a->levels), sum[R][M];
-    for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) sum[r][m] = _mm512_setzero_ps();
+    __m512 levels = _mm512_loadu_ps(a->levels), sum[MOST_ROWS][MOST_TOKENS];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sum[r][m] = _mm512_setzero_ps();
     for (int64_t u = 0; u < units; u++) {
-        __m512i table[R];
-        for (int r = 0; r < R; r++) {
+        __m512i table[MOST_ROWS];
+        UNROLL for (int r = 0; r < R; r++) {
             __m512 wide = _mm512_mul_ps(levels, _mm512_set1_ps(scale[r * units + u]));
             table[r] = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(wide));
         }
         for (int64_t k = u * a->unit; k < (u + 1) * a->unit; k += 32) {
-            __m512i w[R];
-            for (int r = 0; r < R; r++)
+            __m512i w[MOST_ROWS];
+            UNROLL for (int r = 0; r < R; r++)
                 w[r] = _mm512_permutexvar_epi16(codes_of_16_bytes(a->packed + ((row + r) * K + k) / 2), table[r]);
-            for (int m = 0; m < M; m++) {
+            UNROLL for (int m = 0; m < M; m++) {
                 __m512i x = _mm512_loadu_si512((const uint16_t *)a->x + m * K + k);
-                for (int r = 0; r < R; r++) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], (__m512bh)w[r], (__m512bh)x);
+                UNROLL for (int r = 0; r < R; r++) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], (__m512bh)w[r], (__m512bh)x);
             }
         }
     }
-    for (int r = 0; r < R; r++) for (int m = 0; m < M; m++) sums[r * M + m] = _mm512_reduce_add_ps(sum[r][m]);
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r * M + m] = _mm512_reduce_add_ps(sum[r][m]);
 }
 #else
 enum { MULTIPLIES_BF16 = 0 };
