@@ -26,6 +26,7 @@ VERBS = {
     "generate": Verb("models.writing", "GenerateOptions", "generate_command", "write on from a prompt"),
     "chat": Verb("models.writing", "ChatOptions", "chat_command", "talk with a model or a run"),
     "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),
+    "bench": Verb("benchmarks.command", "BenchOptions", "command", "speed and memory, beside others' and targets"),
     "plot": Verb("train.plot", "PlotOptions", "command", "loss and learning-rate plots of runs"),
 }
 

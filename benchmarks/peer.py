@@ -81,6 +81,11 @@ def rotate_half(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
     def __init__(self, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
@@ -97,6 +102,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 

@@ -1,55 +1,27 @@
-"""What a quantizer costs and what it loses: time on a 4096 x 4096 weight, and squared error on Gaussian weights.
+"""What the scale search gains: squared error on Gaussian weights, against absmax scales in the same format.
 
-`python -m benchmarks.quantizers` prints one JSON object. Times are medians of seven runs; the error of the
-scale search is relative to absmax scales in the same format, on 2^20 samples of a fixed seed.
+`python -m benchmarks.quantizers` prints one JSON object: the change in percent on 2^20 samples of a fixed seed.
+What quantizing costs in time is a row of `qlora bench kernels`.
 """
 
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 
 import nf4
+from benchmarks.provenance import provenance
 
 SAMPLES = 2**20
 
 
 def main() -> None:
-    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
-    q = nf4.quantize(weight)
-    searched = nf4.QuantConfig(scale="search")
-    times = {
-        "quantize_float32_ms": milliseconds(lambda: nf4.quantize(weight)),
-        "quantize_bfloat16_ms": milliseconds(lambda half=weight.bfloat16(): nf4.quantize(half)),
-        "dequantize_float32_ms": milliseconds(lambda: nf4.dequantize(q, torch.float32)),
-        "dequantize_bfloat16_ms": milliseconds(lambda: nf4.dequantize(q, torch.bfloat16)),
-        "search_float32_ms": milliseconds(lambda: nf4.quantize(weight, searched), runs=3),
-    }
     gains = {
         f"search_block_{size}{'_double_quant' if double else ''}_percent": gain(size, double)
         for size in (32, 64, 128, 4096)
         for double in (False, True)
     }
-    machine = {
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-    }
-    print(json.dumps({**times, **gains, "bits_per_weight": q.bits_per_weight, **machine}, indent=1))
-
-
-def milliseconds(work: Callable[[], object], runs: int = 7) -> float:
-    """Median time of one call, after one to warm up."""
-    work()
-    taken = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return round(1000 * statistics.median(taken), 1)
+    bits = nf4.quantize(torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))).bits_per_weight
+    print(json.dumps({**gains, "bits_per_weight": bits, **provenance("cpu")}, indent=1))
 
 
 def gain(block_size: int, double_quant: bool) -> float:

@@ -3,12 +3,19 @@
 A shared machine is faster in one minute than in the next by a factor of two. Timing one contestant after the
 other would give that factor to one of them; in turns, each sees the same minutes. A median forgets the rounds
 in which something else took the machine.
+
+On a GPU a product of few tokens is over in microseconds, faster than Python can ask for the next one, and a weight
+that was just read is still in the cache. So there a contestant is a rotation over copies of its weight, larger
+together than the cache, recorded once as a CUDA graph and replayed between two events.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,17 @@ class Timing:
     fastest: float
     slowest: float
     repeats: int
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The same call on one copy of its operands after the other."""
+
+    calls: Sequence[Callable[[], object]]
+
+    def __call__(self) -> list[object]:
+        """Every call once; the results live until all are there, so that each is written to memory of its own."""
+        return [call() for call in self.calls]
 
 
 def stopwatch(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -33,9 +51,9 @@ def interleaved(
     repeats: int,
     seconds: Callable[[Callable[[], object]], float] = stopwatch,
 ) -> dict[str, Timing]:
-    """Time every contestant once in each round, after one call each to warm up.
+    """Time every contestant once in each round, after one call each to warm up; of a rotation, one of its calls.
 
-    `seconds` says how long a call takes, by whatever clock the device needs.
+    `seconds` says how long the work takes, by whatever clock the device needs.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; a median needs at least 1")
@@ -44,5 +62,48 @@ def interleaved(
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, work in contestants.items():
-            taken[name].append(seconds(work))
+            calls = len(work.calls) if isinstance(work, Rotation) else 1
+            taken[name].append(seconds(work) / calls)
     return {name: Timing(statistics.median(t), min(t), max(t), repeats) for name, t in taken.items()}
+
+
+class GraphClock:
+    """Seconds of work on a GPU, by events around replays of its graph; what cannot be recorded is called as it is."""
+
+    def __init__(self, replays: int = 10, record: bool = True) -> None:
+        self.replays, self.record = replays, record
+        self.recorded: dict[int, Any] = {}
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        if id(work) not in self.recorded:
+            self.recorded[id(work)] = (graph_of(work) if self.record else work, work)
+        run, _ = self.recorded[id(work)]
+        run()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(self.replays):
+            run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / self.replays
+
+
+def graph_of(work: Callable[[], object]) -> Callable[[], object]:
+    """The work as a CUDA graph, recorded on a stream of its own as torch asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def copy_bandwidth(repeats: int, nbytes: int = 2**30) -> float:
+    """Bytes read and written per second when the GPU copies one large tensor, what nothing that reads memory beats."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, repeats, GraphClock(record=False))
+    return 2 * nbytes / timing["copy"].median

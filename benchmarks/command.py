@@ -1,0 +1,196 @@
+"""`qlora bench NAME`: measurements side by side in one run, each held against its target.
+
+A benchmark is a row of `BENCHMARKS`: a function that measures, prints its table, and returns its part of the
+result. What every result carries besides (machine, versions, commit, date) is added here. A benchmark that finds
+something wrong, not merely slow, lists it under "failures" and the verb ends with exit code 1.
+"""
+
+import difflib
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tyro.conf import Positional
+
+import kernels
+from benchmarks.provenance import provenance
+from benchmarks.targets import verdicts
+from models.device import pick_device
+from models.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Measure this machine, against bitsandbytes where that is installed and against dense weights."""
+
+    name: Positional[str]
+    """What to measure: kernels or training."""
+    device: str = "auto"
+    """Where to measure."""
+    repeats: int = 7
+    """Rounds in which each contestant has one turn; medians over them are told."""
+    sizes: str | None = None
+    """kernels: weights to measure, as outputs x inputs: 4096x4096,11008x4096."""
+    aot: str | None = None
+    """kernels: compile everything that is shipped for these chips instead, no GPU needed: sm_80,sm_90,sm_100."""
+    tune: bool = False
+    """kernels: search for a better table of launches instead, and print it."""
+    profile: bool = False
+    """training: say where the time of one step goes instead."""
+    out: str | None = None
+    """Write the result as JSON to this file too."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def __post_init__(self) -> None:
+        if self.name not in BENCHMARKS:
+            near = difflib.get_close_matches(self.name, BENCHMARKS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"name must be one of {', '.join(BENCHMARKS)}, not {self.name!r}{hint}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}; a median needs at least 1")
+        for flag, owner in (("sizes", "kernels"), ("aot", "kernels"), ("tune", "kernels"), ("profile", "training")):
+            if getattr(self, flag) and self.name != owner:
+                raise ValueError(f"{flag} belongs to the benchmark {owner}, not to {self.name}")
+        if self.sizes is not None:
+            parse_sizes(self.sizes)
+
+
+def command(options: BenchOptions, console: "Console") -> Result:
+    device = str(pick_device(options.device))
+    result = {"benchmark": options.name, **provenance(device), **BENCHMARKS[options.name](options, console)}
+    if options.out:
+        path = Path(options.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    failures = result.get("failures", [])
+    for failure in failures:
+        console.print(f"wrong: {failure}", style="red", markup=False)
+    if failures:
+        if options.json:
+            print(json.dumps(result))
+        raise SystemExit(1)
+    return result
+
+
+def bench_kernels(options: BenchOptions, console: "Console") -> Result:
+    """Correctness first, then every operator beside its rivals."""
+    from benchmarks import correctness
+    from benchmarks.kernels import measure
+
+    if options.aot:
+        return gate(options.aot, console)
+    if options.tune:
+        return tuned(console)
+    device = str(pick_device(options.device))
+    sizes = parse_sizes(options.sizes) if options.sizes else None
+    checked = correctness.check(device)
+    rows = measure(device, sizes, options.repeats)
+    shapes = ["×".join(map(str, row["shape"])) for row in rows]
+    console.print(f"weights: {', '.join(dict.fromkeys(shapes))} in bfloat16, NF4 with double quantization")
+    several = len(set(shapes)) > 1
+    names = [f"{shape} {row['case']}" if several else row["case"] for shape, row in zip(shapes, rows, strict=True)]
+    show(console, names, rows, ["ours_ms", "bitsandbytes_ms", "bitsandbytes_repacked_ms", "dense_ms"])
+    show(console, names, rows, ["vs_bitsandbytes", "vs_bitsandbytes_repacked", "vs_dense", "bandwidth_share"])
+    show_verdicts(console, names, rows)
+    return {"rows": rows, "correctness": checked, "failures": correctness.failures(checked)}
+
+
+def bench_training(options: BenchOptions, console: "Console") -> Result:
+    """The training step of SmolLM2-135M beside its peer."""
+    from benchmarks import training
+
+    setting = training.Setting(device=str(pick_device(options.device)))
+    if options.profile:
+        text = training.profile(setting)
+        console.print(text, markup=False, soft_wrap=True)
+        return {"profile": text}
+    rows = training.measure(setting, repeats=options.repeats)
+    names = [f"dropout {row['dropout']}" for row in rows]
+    show(console, names, rows, ["ours_tokens_s", "peer_tokens_s", "speed_ratio"])
+    for peak in ("peak", "peak_above_start"):
+        show(console, names, in_mib(rows), [f"ours_{peak}_MiB", f"peer_{peak}_MiB", f"{peak}_ratio"])
+    show_verdicts(console, names, rows)
+    return {"rows": rows, "setting": training.described(setting)}
+
+
+BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result]] = {
+    "kernels": bench_kernels,
+    "training": bench_training,
+}
+
+
+def gate(chips: str, console: "Console") -> Result:
+    """Every shipped kernel compiled for chips that need not be here."""
+    from benchmarks import aot
+
+    reports = aot.gate(chips.split(","))
+    console.print(aot.table(reports))
+    return {
+        "rows": [asdict(report) for report in reports],
+        "failures": [failure for report in reports for failure in report.failures()],
+    }
+
+
+def tuned(console: "Console") -> Result:
+    """Every launch worth trying of every kernel that has a choice, timed on the GPU at hand."""
+    if not torch.cuda.is_available():
+        raise ConfigError("tune: kernels are timed where they run, and torch sees no CUDA GPU here")
+    from benchmarks import tune
+
+    modules = [importlib.import_module(f"kernels.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)]
+    timings = [timing for module in modules if hasattr(module, "candidates") for timing in tune.tune(module)]
+    console.print(tune.table(timings))
+    return {"rows": [row | {"launch": str(row["launch"])} for row in map(asdict, timings)]}
+
+
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """ "4096x4096,11008x4096" as (outputs, inputs) each."""
+    sizes = []
+    for part in text.split(","):
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part)
+        if not found:
+            raise ValueError(f"sizes are outputs x inputs such as 4096x4096,11008x4096, not {part!r}")
+        sizes.append((int(found[1]), int(found[2])))
+    return sizes
+
+
+def in_mib(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their peaks in MiB, as a person reads them."""
+    peaks = ("ours_peak", "peer_peak", "ours_peak_above_start", "peer_peak_above_start")
+    return [row | {f"{name}_MiB": row[name] / 2**20 for name in peaks if name in row} for row in rows]
+
+
+def show(console: "Console", names: list[str], rows: list[dict[str, Any]], columns: list[str]) -> None:
+    """A table of the figures that at least one row has."""
+    from rich.table import Table
+
+    columns = [column for column in columns if any(column in row for row in rows)]
+    if columns:
+        table = Table("", *(column.replace("_", " ") for column in columns))
+        for name, row in zip(names, rows, strict=True):
+            table.add_row(name, *(f"{row[c]:.4g}" if c in row else "" for c in columns))
+        console.print(table)
+
+
+def show_verdicts(console: "Console", names: list[str], rows: list[dict[str, Any]]) -> None:
+    """A table of what is held against a target."""
+    from rich.table import Table
+
+    table = Table("", "figure", "is", "target", "")
+    for name, row in zip(names, rows, strict=True):
+        for verdict in verdicts(row):
+            table.add_row(name, *verdict, style="red" if verdict[-1] == "missed" else None)
+    if table.row_count:
+        console.print(table)

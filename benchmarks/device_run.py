@@ -1,0 +1,83 @@
+"""Everything that wants measuring on a GPU lent for an hour, by one command that needs little installed.
+
+`python -m benchmarks.device_run --out DIR [--commit HASH]` checks every operator against float64, then measures
+`kernels` and `training`, and writes one JSON file each into DIR. A part that fails leaves its traceback in its
+file and the next one starts all the same; the exit code then is 1. It works on a CPU too, for testing it: `--quick`
+takes sizes of no interest.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import correctness, kernels, training
+from benchmarks.provenance import provenance
+
+QUICK_SHAPES = ((3, 64, 128),)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory for the JSON files")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="what the tree is, where git cannot say")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="small sizes and one repeat")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    about = provenance(options.device, options.commit)
+    right = True
+    for name, part in parts(options.device, 1 if options.quick else options.repeats, options.quick).items():
+        start = time.perf_counter()
+        result = outcome(part)
+        result |= {"benchmark": name, **about, "took_seconds": round(time.perf_counter() - start, 1)}
+        (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        wrong = result["failures"]
+        right = right and not wrong
+        print(
+            f"{name}: {len(result['rows'])} rows in {result['took_seconds']} s; wrong: {wrong or 'nothing'}", flush=True
+        )
+    return 0 if right else 1
+
+
+def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is run, in this order."""
+    shapes = QUICK_SHAPES if quick else correctness.shapes_for(device)
+    sizes, tokens, lora_tokens = (((64, 128),), (1, 3), 8) if quick else (None, None, None)
+    setting = training.Setting(device=device)
+    if quick:
+        setting = dataclasses.replace(setting, config=training.TINY, batch=2, tokens=16)
+
+    def checked() -> dict[str, Any]:
+        rows = correctness.check(device, shapes)
+        return {"rows": rows, "failures": correctness.failures(rows)}
+
+    return {
+        "correctness": checked,
+        "kernels": lambda: {"rows": kernels.measure(device, sizes, repeats, tokens, lora_tokens), "failures": []},
+        "training": lambda: {
+            "rows": training.measure(setting, repeats=repeats),
+            "setting": training.described(setting),
+            "failures": [],
+        },
+    }
+
+
+def outcome(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a part gives, or how it failed: the parts after it are worth having all the same."""
+    try:
+        return part()
+    except Exception:
+        return {"rows": [], "failures": [traceback.format_exc()]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""`qlora bench`: what its results carry, and what it refuses. Nothing here asserts a time."""
+
+import json
+import pkgutil
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import qlora
+from benchmarks import correctness, device_run, kernels, training
+from benchmarks.command import parse_sizes
+from kernels.launch import Launch
+from models.device import multiplies_bfloat16
+
+PROVENANCE = {"benchmark", "device", "machine", "threads", "versions", "commit", "date"}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Sizes of no interest in place of those that take minutes."""
+    monkeypatch.setattr(correctness, "SMALL", ((3, 64, 128),))
+    monkeypatch.setattr(kernels, "CPU_TOKENS", (1, 3))
+    monkeypatch.setattr(kernels, "CPU_LORA_TOKENS", 5)
+    monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
+    monkeypatch.setattr(training.Setting, "__init__", tiny_setting(training.Setting.__init__))
+
+
+def tiny_setting(init):
+    def smaller(self, **given):
+        init(self, **{"config": training.TINY, "batch": 2, "tokens": 16, **given})
+
+    return smaller
+
+
+def bench(capsys, *arguments, code=0) -> Any:
+    assert qlora.main(["bench", *arguments]) == code
+    out, err = capsys.readouterr()
+    return (json.loads(out) if code == 0 else None), err
+
+
+def test_kernels_tells_what_was_measured_on_what(small, capsys, tmp_path):
+    out = tmp_path / "new" / "kernels.json"
+    found, err = bench(
+        capsys, "kernels", "--device", "cpu", "--sizes", "64x128,32x64", "--repeats", "1", "--json", "--out", str(out)
+    )
+    assert found.keys() >= PROVENANCE
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert json.loads(out.read_text()) == found
+    cases = [
+        "quantize", "dequantize", "matmul M=1", "matmul M=3", "LoRA forward and backward M=5",
+        "LoRA forward and backward M=5, dropout 0.1", "quantize by search",
+    ]  # fmt: skip
+    assert [row["case"] for row in found["rows"]] == cases * 2
+    for row in found["rows"]:
+        assert row["seconds"] == pytest.approx(row["ours_ms"] / 1000)
+        assert row["shape"] in ([64, 128], [32, 64])
+        assert row["dtype"] == "bfloat16"
+        assert row["targets"] == {}  # targets are for the weight they were set for
+        assert ("dense_ms" in row) == (row["case"][:4] in ("matm", "LoRA"))
+    assert found["correctness"]
+    assert all(row["right"] for row in found["correctness"])
+    told = " ".join(err.split())
+    assert "64×128 matmul M=1" in told  # with one size only, it is told once
+    assert "ours ms" in told
+
+
+def test_with_bitsandbytes_every_case_but_the_search_has_a_ratio(small):
+    pytest.importorskip("bitsandbytes")
+    for row in kernels.measure("cpu", [(64, 128)], 1):
+        assert ("vs_bitsandbytes" in row) == (row["case"] != "quantize by search")
+        if "vs_bitsandbytes" in row:
+            assert row["vs_bitsandbytes"] == pytest.approx(row["ours_ms"] / row["bitsandbytes_ms"])
+        repacks = torch.backends.cpu.get_cpu_capability() == "AVX512" and multiplies_bfloat16(torch.device("cpu"))
+        assert ("vs_bitsandbytes_repacked" in row) == (repacks and row["case"].startswith("matmul"))
+
+
+def test_contestants_give_the_same_numbers():
+    pytest.importorskip("bitsandbytes")
+    operands = kernels.Operands(64, 128, "cpu")
+    for case in kernels.cases(operands, (3,), 5):
+        results: dict[str, Any] = {name: call(0) for name, call in case.contestants.items()}
+        if case.name == "dequantize":
+            assert torch.equal(results["ours"], results["bitsandbytes"])
+        elif case.name == "quantize":
+            assert torch.equal(results["ours"].packed, results["bitsandbytes"][0].view(-1))
+        elif not case.name.endswith(("search", "dropout 0.1")):
+            stored = [n for n in results if n != "dense"]  # what dense weights give is off by what 4 bits lose
+            for name in stored[1:]:
+                for a, b in zip(as_tuple(results["ours"]), as_tuple(results[name]), strict=True):
+                    assert (a - b).float().norm() < 0.02 * b.float().norm(), (case.name, name)
+            for a, b in zip(as_tuple(results["ours"]), as_tuple(results["dense"]), strict=True):
+                assert (a - b).float().norm() < 0.2 * b.float().norm(), case.name
+
+
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def test_targets_hold_for_the_weight_they_were_set_for(monkeypatch):
+    made = kernels.Operands(32, 64, "cpu")
+    monkeypatch.setattr(kernels, "Operands", lambda N, K, device: made)
+    rows = {row["case"]: row["targets"] for row in kernels.measure("cpu", [(4096, 4096)], 1, (1, 2), 1024)}
+    assert rows["matmul M=1"]["vs_dense"]["target"] == 0.9
+    assert rows["matmul M=2"] == {}
+    assert rows["quantize by search"] == {"seconds": {"target": 3.0, "met": True}}
+    if "vs_bitsandbytes" in rows["dequantize"]:
+        plain, dropped = (rows[f"LoRA forward and backward M=1024{suffix}"] for suffix in ("", ", dropout 0.1"))
+        assert plain["vs_bitsandbytes"]["target"] == dropped["vs_bitsandbytes"]["target"] == 0.6
+
+
+def test_training_tells_its_setting(small, capsys):
+    found, err = bench(capsys, "training", "--device", "cpu", "--repeats", "1", "--json")
+    assert found.keys() >= PROVENANCE
+    assert [row["dropout"] for row in found["rows"]] == [0.0, 0.1]
+    assert found["setting"]["config"]["hidden_size"] == training.TINY.hidden_size
+    assert found["setting"]["dtype"] == "bfloat16"
+    told = " ".join(err.split())
+    assert "ours tokens s" in told
+    for row in found["rows"]:
+        assert f"dropout {row['dropout']}" in told
+        if row["targets"]:
+            assert "speed_ratio" in told
+            assert "≥ 2" in told
+            assert f"{row['ours_peak'] / 2**20:.4g}" in told
+
+
+def test_a_profile_is_asked_for_by_a_flag(small, capsys):
+    found, err = bench(capsys, "training", "--device", "cpu", "--profile", "--json")
+    assert "aten::mm" in found["profile"]
+    assert "aten::mm" in err
+
+
+def test_an_operator_that_is_wrong_fails_the_run(small, capsys, monkeypatch):
+    import kernels as operators
+
+    right = operators.dequantize
+    monkeypatch.setattr(operators, "dequantize", lambda q, dtype=None: right(q, dtype) + 1)
+    with pytest.raises(SystemExit) as stop:
+        qlora.main(["bench", "kernels", "--device", "cpu", "--sizes", "32x64", "--repeats", "1", "--json"])
+    assert stop.value.code == 1
+    out, err = capsys.readouterr()
+    assert "dequantize to torch.bfloat16" in json.loads(out)["failures"][0]
+    assert "wrong: dequantize to torch.bfloat16" in err
+
+
+def test_a_product_that_errs_too_much_is_told():
+    expected = torch.ones(4, dtype=torch.float64)
+    row = correctness.close("product", expected + 3e-3, expected + 1e-3, expected)
+    assert not row["right"]
+    assert correctness.close("product", expected + 1e-3, expected + 1e-3, expected)["right"]
+    told = correctness.failures([row | {"shape": [1, 2, 3], "dtype": "float16", "codebook": "nf4"}])
+    assert told == ["product [1, 2, 3] float16 nf4 errs by 0.003, allowed 0.002"]
+    assert not correctness.close("product", expected * torch.nan, expected, expected)["right"]
+
+
+@dataclass
+class Compiled:
+    """A report of the gate."""
+
+    name: str
+    spills: int
+
+    def failures(self):
+        return [f"{self.name} spills"] if self.spills else []
+
+
+def standing_in(monkeypatch, name, **functions):
+    """A module of `benchmarks` replaced by these functions."""
+    module = types.ModuleType(f"benchmarks.{name}")
+    module.__dict__.update(functions)
+    monkeypatch.setitem(sys.modules, f"benchmarks.{name}", module)
+    monkeypatch.setattr(f"benchmarks.{name}", module, raising=False)
+
+
+def test_the_gate_compiles_for_the_chips_that_are_named(capsys, monkeypatch):
+    asked = []
+    reports = [Compiled("dequantize", 0)]
+    standing_in(monkeypatch, "aot", gate=lambda chips: asked.append(chips) or reports, table=lambda reports: "a table")
+    found, err = bench(capsys, "kernels", "--aot", "sm_80,sm_90", "--json")
+    assert asked == [["sm_80", "sm_90"]]
+    assert found["rows"] == [{"name": "dequantize", "spills": 0}]
+    assert "a table" in err
+
+    reports.append(Compiled("matmul", 3))
+    with pytest.raises(SystemExit) as stop:
+        qlora.main(["bench", "kernels", "--aot", "sm_80"])
+    assert stop.value.code == 1
+    assert "wrong: matmul spills" in capsys.readouterr().out
+
+
+def test_the_search_tries_what_has_candidates(capsys, monkeypatch):
+    import kernels as operators
+
+    @dataclass
+    class Timed:
+        row: str
+        launch: Launch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("benchmarks.command.provenance", lambda device: {})
+    for found in pkgutil.iter_modules(operators.__path__):
+        monkeypatch.delattr(f"kernels.{found.name}.candidates", raising=False)
+    monkeypatch.setattr("kernels.dispatch.candidates", None, raising=False)
+    standing_in(monkeypatch, "tune", tune=lambda module: [Timed(module.__name__, Launch({"N": 3}))], table=lambda t: "")
+    found, _ = bench(capsys, "kernels", "--tune", "--json")
+    assert [row["row"] for row in found["rows"]] == ["kernels.dispatch"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_search_needs_a_gpu(capsys):
+    _, err = bench(capsys, "kernels", "--tune", code=2)
+    assert "torch sees no CUDA GPU here" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kernel"], "not 'kernel'; did you mean kernels?"),
+        (["kernels", "--repeats", "0"], "repeats is 0; a median needs at least 1"),
+        (["kernels", "--sizes", "64"], "sizes are outputs x inputs such as 4096x4096,11008x4096, not '64'"),
+        (["training", "--aot", "sm_80"], "aot belongs to the benchmark kernels, not to training"),
+        (["kernels", "--profile"], "profile belongs to the benchmark training, not to kernels"),
+    ],
+)
+def test_what_cannot_be_measured_is_bad_usage(arguments, message, capsys):
+    _, err = bench(capsys, *arguments, code=2)
+    assert message in " ".join(err.split())
+
+
+def test_sizes_are_outputs_by_inputs():
+    assert parse_sizes("4096x4096,11008x4096") == [(4096, 4096), (11008, 4096)]
+
+
+def test_the_script_for_a_lent_gpu_writes_a_file_for_each_part(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
+    assert device_run.main(["--out", str(tmp_path / "r"), "--device", "cpu", "--quick", "--commit", "abc"]) == 0
+    for name in ("correctness", "kernels", "training"):
+        found = json.loads((tmp_path / "r" / f"{name}.json").read_text())
+        assert found.keys() >= PROVENANCE
+        assert (found["benchmark"], found["commit"], found["failures"]) == (name, "abc", [])
+        assert found["rows"]
+    assert capsys.readouterr().out.count("wrong: nothing") == 3
+
+
+def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
+    monkeypatch.setattr(kernels, "measure", broken)
+    assert device_run.main(["--out", str(tmp_path), "--device", "cpu", "--quick"]) == 1
+    assert "no such kernel" in json.loads((tmp_path / "kernels.json").read_text())["failures"][0]
+    assert json.loads((tmp_path / "training.json").read_text())["rows"]
+
+
+def test_a_commit_is_of_this_tree():
+    from benchmarks.provenance import provenance
+
+    assert provenance("cpu", "given")["commit"] == "given"
+
+
+def test_a_torch_that_cannot_tell_the_cpu_still_tells_the_machine(monkeypatch):
+    from benchmarks.provenance import machine
+
+    assert "cpu instructions" in machine()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert machine().keys() == {"cpu", "gpu"}

@@ -1,0 +1,112 @@
+"""The two contestants are the same model, and what is measured of them is what was asked for."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from benchmarks import training
+from benchmarks.timing import Timing
+from benchmarks.training import TINY, Setting, Stepper
+
+SETTING = Setting(config=TINY, batch=2, tokens=24, rank=4, dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def peer():
+    pytest.importorskip("bitsandbytes")
+    return Stepper(training.peer(SETTING), SETTING)
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return Stepper(training.ours(SETTING), SETTING)
+
+
+def test_the_peer_gives_the_loss_and_the_gradients_that_we_give(ours, peer):
+    assert ours.parameters.keys() == peer.parameters.keys()
+    losses = [step.loss() for step in (ours, peer)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
+    for loss in losses:
+        loss.backward()
+    for name, parameter in ours.parameters.items():
+        theirs = peer.parameters[name].grad
+        assert torch.equal(parameter, peer.parameters[name])
+        assert (parameter.grad - theirs).norm() < 0.03 * theirs.norm(), name
+        assert theirs.norm() > 0
+    for step in (ours, peer):
+        step.optimizer.zero_grad()
+
+
+def test_both_store_the_same_codes(ours, peer):
+    for name, layer in ours.model.named_modules():
+        if name.endswith("_proj"):
+            assert torch.equal(layer.weight.view(-1), peer.model.get_submodule(name).weight.view(-1)), name
+
+
+def test_dropout_reaches_every_adapter(ours, peer):
+    for step in (ours, peer):
+        plain = step.loss().item()
+        assert step.loss().item() == plain
+        step.set_dropout(0.5)
+        assert step.loss().item() != plain
+        step.set_dropout(0.0)
+        assert step.loss().item() == plain
+
+
+def test_a_step_moves_the_adapters_and_lowers_the_loss():
+    step = Stepper(training.ours(SETTING), SETTING)
+    losses = [step() for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_blocks_are_checkpointed_in_both(ours, peer, monkeypatch):
+    for step in (ours, peer):
+        module = sys.modules[type(step.model).__module__]
+        blocks = []
+        monkeypatch.setattr(
+            module, "checkpoint", lambda block, *a, blocks=blocks, **k: blocks.append(block) or block(*a)
+        )
+        step.loss()
+        assert blocks == list(step.model.model.layers)
+
+
+def test_each_row_is_timed_with_its_own_dropout(monkeypatch):
+    seen = []
+
+    def timed(steps, repeats, seconds):
+        found = [{layer.dropout for layer in s.model.modules() if hasattr(layer, "lora_A")} for s in steps.values()]
+        seen.append(found)
+        return {name: Timing(1.0, 1.0, 1.0, repeats) for name in steps}
+
+    monkeypatch.setattr(training, "interleaved", timed)
+    monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
+    rows = training.measure(SETTING, dropouts=(0.0, 0.2), repeats=1)
+    contestants = len(seen[0])
+    assert seen == [[{0.0}] * contestants, [{0.2}] * contestants]
+    assert rows[0]["ours_tokens_s"] == SETTING.batch * SETTING.tokens
+
+
+def test_rows_have_speed_and_memory_of_each_dropout(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    asked = []
+    monkeypatch.setattr(training, "peak_of", lambda name, setting: asked.append((name, setting.dropout)) or (100, 300))
+    rows = training.measure(SETTING, dropouts=(0.0, 0.2), repeats=1)
+    assert asked == [("ours", 0.0), ("peer", 0.0), ("ours", 0.2), ("peer", 0.2)]
+    assert [row["dropout"] for row in rows] == [0.0, 0.2]
+    for row in rows:
+        assert row["speed_ratio"] == row["ours_tokens_s"] / row["peer_tokens_s"] > 0
+        assert (row["peak_ratio"], row["peak_above_start_ratio"]) == (1, 1)
+
+
+def test_the_peak_is_that_of_a_process_of_its_own():
+    above, whole = training.peak_of("ours", SETTING)
+    assert 0 <= above < 2**26  # what torch loads at its first step, over 2**27, is not counted
+    assert 2**27 < whole < 2**33
+    wide = dataclasses.replace(SETTING, config=dataclasses.replace(TINY, vocab_size=300_000))
+    assert training.peak_of("ours", wide)[0] > 2 * 64 * 300_000  # the embedding alone, in bfloat16
+
+
+def test_the_profile_names_what_takes_time():
+    assert "aten::mm" in training.profile(SETTING)
