@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from kernels import chunked, layers
 from kernels.dispatch import Row, always
 from kernels.reference import (
     check_cross_entropy,
@@ -73,9 +75,7 @@ def linear_cross_entropy(
 
 @lru_cache
 def table() -> tuple[Row, ...]:
-    """The forms of these operators, the fastest first. (Imported here, since Triton takes its time.)"""
-    from kernels import chunked, layers
-
+    """The forms of these operators, the fastest first."""
     rows = [
         Row("rms_norm", "any", always, layers.rms_norm),
         Row("rms_norm_grad", "any", always, layers.rms_norm_grad),
@@ -86,7 +86,7 @@ def table() -> tuple[Row, ...]:
     ]
     if not torch.cuda.is_available():
         return tuple(rows)
-    from kernels import cross_entropy, glu, norm, rope
+    from kernels import cross_entropy, glu, norm, rope  # only here: without a GPU nobody need wait for Triton
 
     return (
         Row("rms_norm", "cuda", norm.accepts, norm.rms_norm),
@@ -131,6 +131,7 @@ def norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(x, weight, output[1])
 
 
+@once_differentiable
 def norm_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     need_x, need_weight, _ = ctx.needs_input_grad
     dx, dweight = norm_grad_op(dy, *ctx.saved_tensors, need_weight)
@@ -205,6 +206,7 @@ def swiglu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@once_differentiable
 def swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     return swiglu_grad_op(dy, *ctx.saved_tensors)
 
@@ -237,10 +239,10 @@ def cross_entropy_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses, their sum, and the gradients of the sum, which forward makes while the logits are there."""
-    from kernels.chunked import linear_cross_entropy as chunked
-
     rows = form("cross_entropy", hidden, weight)
-    losses, dhidden, dweight = chunked(hidden, weight, targets, ignore_index, need_hidden, need_weight, rows)
+    losses, dhidden, dweight = chunked.linear_cross_entropy(
+        hidden, weight, targets, ignore_index, need_hidden, need_weight, rows
+    )
     return losses, losses.sum(), none_as_empty(dhidden, hidden), none_as_empty(dweight, losses)
 
 
@@ -261,6 +263,7 @@ def cross_entropy_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.dtype = inputs[1].dtype
 
 
+@once_differentiable
 def cross_entropy_backward(ctx: Any, _: Any, dtotal: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
     dhidden, dweight = ctx.saved_tensors
     need_hidden, need_weight, *_ = ctx.needs_input_grad
