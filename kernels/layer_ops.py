@@ -4,15 +4,15 @@ Each is one pass over memory on a GPU and a few on a CPU, and keeps for backward
 The gradients are of the first order: none of these can be differentiated twice, but for `rotate`.
 """
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import Row, always
+from kernels import chunked
+from kernels.dispatch import form
 from kernels.reference import (
     check_cross_entropy,
     check_gate,
@@ -71,46 +71,6 @@ def linear_cross_entropy(
     return torch.where(count > 0, total / count.clamp_min(1), torch.nan)
 
 
-@lru_cache
-def table() -> tuple[Row, ...]:
-    """The forms of these operators, the fastest first. (Imported here, since Triton takes its time.)"""
-    from kernels import chunked, cpu_layers, layers
-
-    rows = [
-        Row("rms_norm", "cpu", cpu_layers.accepts_norm, cpu_layers.rms_norm),
-        Row("rms_norm_grad", "cpu", cpu_layers.accepts_norm, cpu_layers.rms_norm_grad),
-        Row("rotate", "cpu", cpu_layers.accepts, cpu_layers.rotate),
-        Row("swiglu", "cpu", cpu_layers.accepts, cpu_layers.swiglu),
-        Row("swiglu_grad", "cpu", cpu_layers.accepts, cpu_layers.swiglu_grad),
-        Row("cross_entropy", "cpu", cpu_layers.accepts, cpu_layers.rows_cross_entropy),
-        Row("rms_norm", "any", always, layers.rms_norm),
-        Row("rms_norm_grad", "any", always, layers.rms_norm_grad),
-        Row("rotate", "any", always, layers.rotate),
-        Row("swiglu", "any", always, layers.swiglu),
-        Row("swiglu_grad", "any", always, layers.swiglu_grad),
-        Row("cross_entropy", "any", always, chunked.rows_cross_entropy),
-    ]
-    if not torch.cuda.is_available():
-        return tuple(rows)
-    from kernels import cross_entropy, glu, norm, rope
-
-    return (
-        Row("rms_norm", "cuda", norm.accepts, norm.rms_norm),
-        Row("rms_norm_grad", "cuda", norm.accepts, norm.rms_norm_grad),
-        Row("rotate", "cuda", rope.accepts, rope.rotate),
-        Row("swiglu", "cuda", glu.accepts, glu.swiglu),
-        Row("swiglu_grad", "cuda", glu.accepts, glu.swiglu_grad),
-        Row("cross_entropy", "cuda", cross_entropy.accepts, cross_entropy.cross_entropy),
-        *rows,
-    )
-
-
-def form(operator: str, first: Tensor, second: Tensor) -> Callable[..., Any]:
-    """The form of an operator for these arguments."""
-    devices = (first.device.type, "any")
-    return next(r.form for r in table() if r.operator == operator and r.device in devices and r.accepts(first, second))
-
-
 def none_as_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     """An operator gives tensors: what was not asked for is one of no entries."""
     return like.new_empty(0) if tensor is None else tensor
@@ -123,7 +83,7 @@ def none_as_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     "qlora::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)"
 )
 def norm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return form("rms_norm", x, weight)(x, weight, eps)
+    return form("rms_norm", x.device, x, weight)(x, weight, eps)
 
 
 @norm_op.register_fake
@@ -137,6 +97,7 @@ def norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(x, weight, output[1])
 
 
+@once_differentiable
 def norm_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     need_x, need_weight, _ = ctx.needs_input_grad
     dx, dweight = norm_grad_op(dy, *ctx.saved_tensors, need_weight)
@@ -152,7 +113,7 @@ norm_op.register_autograd(norm_backward, setup_context=norm_context)
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool need_weight) -> (Tensor, Tensor)",
 )
 def norm_grad_op(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_weight: bool) -> tuple[Tensor, Tensor]:
-    dx, dweight = form("rms_norm_grad", x, weight)(dy, x, weight, rstd, need_weight)
+    dx, dweight = form("rms_norm_grad", x.device, x, weight)(dy, x, weight, rstd, need_weight)
     return dx, none_as_empty(dweight, weight)
 
 
@@ -168,7 +129,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_weight: bool) ->
     "qlora::rotate", mutates_args=(), schema="(Tensor x, Tensor cos, Tensor sin, bool backwards) -> Tensor"
 )
 def rotate_op(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
-    return form("rotate", x, cos)(side_by_side(x), cos, sin, backwards)
+    return form("rotate", x.device, x, cos)(side_by_side(x), cos, sin, backwards)
 
 
 @rotate_op.register_fake
@@ -199,7 +160,7 @@ rotate_op.register_autograd(rotate_backward, setup_context=rotate_context)
 
 @torch.library.custom_op("qlora::swiglu", mutates_args=(), schema="(Tensor gate, Tensor up) -> Tensor")
 def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
-    return form("swiglu", gate, up)(gate, up)
+    return form("swiglu", gate.device, gate, up)(gate, up)
 
 
 @swiglu_op.register_fake
@@ -211,6 +172,7 @@ def swiglu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@once_differentiable
 def swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
     return swiglu_grad_op(dy, *ctx.saved_tensors)
 
@@ -222,7 +184,7 @@ swiglu_op.register_autograd(swiglu_backward, setup_context=swiglu_context)
     "qlora::swiglu_grad", mutates_args=(), schema="(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)"
 )
 def swiglu_grad_op(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return form("swiglu_grad", gate, up)(dy, gate, up)
+    return form("swiglu_grad", gate.device, gate, up)(dy, gate, up)
 
 
 @swiglu_grad_op.register_fake
@@ -243,10 +205,10 @@ def cross_entropy_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_hidden: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses, their sum, and the gradients of the sum, which forward makes while the logits are there."""
-    from kernels.chunked import linear_cross_entropy as chunked
-
-    rows = form("cross_entropy", hidden, weight)
-    losses, dhidden, dweight = chunked(hidden, weight, targets, ignore_index, need_hidden, need_weight, rows)
+    rows = form("cross_entropy", hidden.device, hidden, weight)
+    losses, dhidden, dweight = chunked.linear_cross_entropy(
+        hidden, weight, targets, ignore_index, need_hidden, need_weight, rows
+    )
     return losses, losses.sum(), none_as_empty(dhidden, hidden), none_as_empty(dweight, losses)
 
 
@@ -267,6 +229,7 @@ def cross_entropy_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.dtype = inputs[1].dtype
 
 
+@once_differentiable
 def cross_entropy_backward(ctx: Any, _: Any, dtotal: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
     dhidden, dweight = ctx.saved_tensors
     need_hidden, need_weight, *_ = ctx.needs_input_grad

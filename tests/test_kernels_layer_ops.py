@@ -180,6 +180,14 @@ def test_only_the_gradients_asked_for_are_made(operator):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("operator", ["rms_norm", "swiglu", "linear_cross_entropy"])
+def test_a_second_derivative_is_refused_rather_than_wrong(operator):
+    given = arguments(operator)
+    (first,) = torch.autograd.grad(getattr(kernels, operator)(*given).square().sum(), given[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 def test_a_frozen_norm_and_a_frozen_head_make_no_gradient_of_the_weight():
     x, weight, _ = arguments("rms_norm")
     _, dweight = torch.ops.qlora.rms_norm_grad(x.detach(), x.detach(), weight.detach(), torch.ones(2, 5, 1), False)
