@@ -20,6 +20,17 @@ class Launch:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    fp_fusion: bool = True
+    """Whether a * b + c may become one operation that rounds once; not where the bits are defined."""
+
+    def options(self) -> dict[str, Any]:
+        """What a launch takes beside the kernel's own arguments."""
+        return {
+            **self.constants,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fp_fusion,
+        }
 
 
 @dataclass(frozen=True)
