@@ -196,7 +196,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 def one_line(message: str) -> str:
     """The line that says what is wrong, of an error that may hold a whole program."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines[1:] if re.search(r"\berror\b", line, re.IGNORECASE)]
+    telling = [line for line in lines[1:] if re.search(r"\berror\b", line, re.IGNORECASE)] or lines[1:][-1:]
     return " ".join([*lines[:1], *telling[:1]])[:300]
 
 

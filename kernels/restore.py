@@ -8,6 +8,7 @@ N outputs, K inputs.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -17,7 +18,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.launch import Launch, Shipped
+import nf4
+from kernels.launch import Launch, Shipped, ceil_div
 from nf4 import QuantizedTensor, code_bits, codebook
 from nf4.double_quant import map_on
 
@@ -56,34 +58,39 @@ def dequantize(
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     check(q, dtype or out.dtype, out)
-    rows, columns, stride = layout(out)
+    rows, columns, _ = layout(out)
     if out.numel() == 0:
         return out
     if rows > 1 and columns % 2:  # rows that begin in the middle of a byte
         return out.copy_(dequantize(q, out.dtype))
+    decode_into(out, q, LAUNCHES["flat" if rows == 1 else "rows"])
+    return out
 
+
+def decode_into(out: Float[Tensor, "..."], q: QuantizedTensor, launch: Launch) -> None:
+    """Run the kernel as `launch` says."""
+    rows, columns, stride = layout(out)
     config = q.config
     nested = (q.absmax_codes, q.nested_absmax, map_on(q.device), q.absmax_offset)
     scales = (q.absmax,) * 4 if q.absmax is not None else nested
-    launch = LAUNCHES["flat" if rows == 1 else "rows"]
-    tiles = triton.cdiv(columns, launch.constants["TILE"])
+    tiles = ceil_div(columns, launch.constants["TILE"])
     dequantize_kernel[(rows * tiles,)](
         q.packed,
         *scales,
         levels_on(config.codebook, q.device),
         out,
         columns,
-        triton.cdiv(columns, 2),
+        ceil_div(columns, 2),
         stride,
         tiles,
-        DOUBLE=q.absmax is None,
-        BLOCK_SIZE=config.block_size,
-        NESTED_BLOCK_SIZE=config.nested_block_size,
-        SHARED_SCALE=config.block_size % GROUP == 0 and (rows == 1 or columns % GROUP == 0),
-        GROUP=GROUP,
-        **launch.options(),
+        **launch.options(
+            DOUBLE=q.absmax is None,
+            BLOCK_SIZE=config.block_size,
+            NESTED_BLOCK_SIZE=config.nested_block_size,
+            SHARED_SCALE=config.block_size % GROUP == 0 and (rows == 1 or columns % GROUP == 0),
+            GROUP=GROUP,
+        ),
     )
-    return out
 
 
 @triton.jit
@@ -162,6 +169,19 @@ def shape_of(name: str, block_size: int, double: bool) -> Shipped:
         weights_per_thread=launch.constants["TILE"] / (32 * launch.num_warps),
         instructions=INSTRUCTIONS[name, double],
     )
+
+
+def candidates() -> dict[str, list[Launch]]:
+    """Launches worth timing for each row of the table."""
+    launches = [Launch({"TILE": 1024 << i}, warps, fp_fusion=False) for i in range(5) for warps in (2, 4, 8)]
+    return dict.fromkeys(LAUNCHES, launches)
+
+
+def trial(row: str, launch: Launch) -> Callable[[], None]:
+    """A call that decodes a usual weight so, for `benchmarks/tune.py`."""
+    q = nf4.quantize(torch.randn(11008, 4096, device="cuda"))
+    wide = torch.empty(11008, 4096 + (64 if row == "rows" else 0), dtype=torch.bfloat16, device="cuda")
+    return lambda: decode_into(wide[:, :4096], q, launch)
 
 
 def check(q: QuantizedTensor, dtype: torch.dtype, out: Tensor) -> None:
