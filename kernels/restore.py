@@ -197,10 +197,16 @@ def check(q: QuantizedTensor, dtype: torch.dtype, out: Tensor) -> None:
     block_size, n = q.config.block_size, q.numel
     scales = q.absmax if q.absmax is not None else q.absmax_codes
     count = 0 if scales is None else len(scales)
-    if len(q.packed) != -(-n // 2) or count != -(-n // block_size):  # a kernel would read past their ends
+    if len(q.packed) != ceil_div(n, 2) or count != ceil_div(n, block_size):  # a kernel would read past their ends
         raise ValueError(
-            f"a weight of shape {q.shape} has {-(-n // 2)} bytes of 4-bit codes and {-(-n // block_size)} scales, "
-            f"but {len(q.packed)} bytes and {count} scales came"
+            f"a weight of shape {q.shape} has {ceil_div(n, 2)} bytes of 4-bit codes and {ceil_div(n, block_size)} "
+            f"scales, but {len(q.packed)} bytes and {count} scales came"
+        )
+    nested = ceil_div(count, q.config.nested_block_size)
+    if q.nested_absmax is not None and len(q.nested_absmax) != nested:
+        raise ValueError(
+            f"{count} scales in blocks of {q.config.nested_block_size} have {nested} second-level scales, "
+            f"but {len(q.nested_absmax)} came"
         )
 
 
