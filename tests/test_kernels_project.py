@@ -86,6 +86,20 @@ def test_every_entry_is_dropped_or_scaled_as_the_definition_says(shape, dropout,
     assert torch.equal(drop(x, dropout, seed), torch.where(mask, x * (1 / (1 - dropout)), 0))
 
 
+@pytest.mark.parametrize("K", [8, 4])  # one counter for the row, and one for each entry
+@pytest.mark.parametrize("entry", [0, 1, 5, 7])
+def test_an_entry_stays_up_to_the_share_that_is_its_number_and_no_further(entry, K):
+    number = drawn(3, 0)[entry]
+    x = torch.ones(8 // K, K)
+    for dropout, stays in ((number / 65536, True), ((number + 1) / 65536, False)):
+        for result in (
+            drop(x, dropout, 3),
+            project(x, torch.eye(K), dropout, 3),
+            project_grad(torch.eye(8 // K), x, dropout, 3),
+        ):
+            assert (result.view(-1)[entry] != 0) == stays
+
+
 def test_several_programs_drop_without_a_gap_and_strides_do_not_matter():
     x = torch.ones(3, 2000)
     assert torch.equal(drop(x, 0.3, 5) != 0, mask_of(6000, 0.3, 5).view(3, 2000))
