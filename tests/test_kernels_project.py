@@ -162,6 +162,15 @@ def test_what_is_not_written_would_be_seen(monkeypatch):
         torch.testing.assert_close(project_grad(dxa, x), dxa.T @ x, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("programs", [1, 3, 264])
+def test_the_inner_axis_is_covered_once_however_it_is_cut(monkeypatch, programs):
+    """One part of several tiles, several parts of several, and a part for each tile."""
+    monkeypatch.setattr(products, "PROGRAMS", programs)
+    x, lora_a, dxa = torch.randn(330, 10), torch.randn(5, 330), torch.randn(330, 5)
+    torch.testing.assert_close(project(x.T, lora_a), x.T @ lora_a.T, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(project_grad(dxa, x), dxa.T @ x, atol=1e-4, rtol=1e-5)
+
+
 def test_sums_come_out_the_same_every_time():
     x, lora_a = torch.randn(20, 512), torch.randn(16, 512)
     assert torch.equal(project(x, lora_a, 0.1, 1), project(x, lora_a, 0.1, 1))
