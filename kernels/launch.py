@@ -23,14 +23,20 @@ class Launch:
     fp_fusion: bool = True
     """Whether a * b + c may become one operation that rounds once; not where the bits are defined."""
 
-    def options(self) -> dict[str, Any]:
-        """What a launch takes beside the kernel's own arguments."""
+    def options(self, **constants: Any) -> dict[str, Any]:
+        """What a launch takes beside a kernel's arguments; with constants that depend on these."""
         return {
             **self.constants,
+            **constants,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": self.fp_fusion,
         }
+
+
+def ceil_div(a: int, b: int) -> int:
+    """How many pieces of b cover a."""
+    return -(-a // b)
 
 
 @dataclass(frozen=True)
