@@ -132,7 +132,7 @@ def decoded(word, levels_ptr, ASM: tl.constexpr, INTERPRET: tl.constexpr):
         v2, v3 = level_pair(word, levels_ptr, 2), level_pair(word, levels_ptr, 3)
     else:
         v0, v1, v2, v3 = tl.inline_asm_elementwise(
-            ASM,
+            ASM,  # pyrefly: ignore[bad-argument-type]
             "=&r,=&r,=&r,=&r,r",
             [word],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -152,7 +152,7 @@ def decoded_scaled(word, scale, levels_ptr, DTYPE: tl.constexpr, ASM: tl.constex
         v2, v3 = scaled_pair(v2, bits, DTYPE), scaled_pair(v3, bits, DTYPE)
     else:
         v0, v1, v2, v3 = tl.inline_asm_elementwise(
-            ASM,
+            ASM,  # pyrefly: ignore[bad-argument-type]
             "=&r,=&r,=&r,=&r,r,r",
             [word, bits | (bits << 16)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -209,8 +209,7 @@ def places(W: tl.constexpr):
 @triton.jit
 def block_scale(block, scales_ptr, map_ptr, nested_ptr, offset, NESTED: tl.constexpr):
     """The float32 scale of each block: stored as it is if NESTED is 0, else in 8 bits with a scale per NESTED."""
-    stored = tl.load(scales_ptr + block)
-    if NESTED == 0:
-        return stored
-    else:
-        return tl.load(map_ptr + stored.to(tl.int32)) * tl.load(nested_ptr + block // NESTED) + offset
+    scale = tl.load(scales_ptr + block)
+    if NESTED != 0:
+        scale = tl.load(map_ptr + scale.to(tl.int32)) * tl.load(nested_ptr + block // NESTED) + offset
+    return scale

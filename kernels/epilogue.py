@@ -67,9 +67,7 @@ def sum_of_parts(acc, place, mask, partial_ptr, arrived_ptr, tile, parts, SIZE: 
 
 
 @triton.jit
-def finish(
-    acc, m, n, bias_ptr, xa_ptr, lora_b_ptr, scaling, y_ptr, M, N, R, BIAS: tl.constexpr, BLOCK_R: tl.constexpr
-):
+def finish(acc, m, n, bias_ptr, xa_ptr, lora_b_ptr, scaling, y_ptr, M, N, R, BIAS: tl.constexpr, BLOCK_R: tl.constexpr):
     """Add bias (N,) and scaling * xa (M, R) lora_b (N, R)^T to y^T (BLOCK_N, BLOCK_M), and store it in y (M, N)."""
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     n_ok, m_ok = n < N, m < M

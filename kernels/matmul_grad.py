@@ -13,6 +13,8 @@ and one decodes while the other multiplies. The transposed product, with W in re
 takes 7.8 (7.6 with 32 tokens); 64x64x64 takes 7.9, 64x128x128 6.9 with one program a processor.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -52,14 +54,15 @@ def matmul_grad(
     dy = dy.contiguous()
     fixed = constants(q.config, dy.dtype, scaled=True)
     group, block_m, block_n = fixed["GROUP"], LAUNCH.constants["BLOCK_M"], LAUNCH.constants["BLOCK_N"]
-    across, down = triton.cdiv(M, block_m), K // group
-    parts, rounds = split(across * down, triton.cdiv(N, block_n), dy.device)
+    across, down = -(-M // block_m), K // group
+    parts, rounds = split(across * down, -(-N // block_n), dy.device)
     partial, arrived = dx, dx  # not used in a single part
     if parts > 1:
         partial = torch.empty(across * down * parts * block_m * group, dtype=torch.float32, device=dy.device)
         arrived = arrivals(across * down, dy.device)
     R = 0 if dxa is None else dxa.shape[1]
-    grad_kernel[across, down, parts](
+    kernel: Any = grad_kernel
+    kernel[across, down, parts](
         dy,
         *stored(q, dy.dtype),
         dy if dxa is None else dxa.contiguous(),

@@ -6,7 +6,6 @@ M tokens, N outputs, K inputs, R rank.
 from typing import Any
 
 import torch
-import triton
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,7 +36,7 @@ def launch_product(
     x = x.contiguous()
     fixed = constants(q.config, x.dtype, scaled)
     block_m, block_n = launch.constants["BLOCK_M"], launch.constants["BLOCK_N"]
-    across, down = triton.cdiv(M, block_m), triton.cdiv(N, block_n)
+    across, down = -(-M // block_m), -(-N // block_n)
     parts, rounds = split(across * down, K // fixed["GROUP"], x.device)
     partial, arrived = y, y  # not used in a single part
     if parts > 1:
@@ -73,7 +72,7 @@ def launch_product(
 
 def rank_block(R: int) -> int:
     """Ranks of the LoRA branch multiplied at once; 0 without one."""
-    return min(max(triton.next_power_of_2(R), 16), 64) if R else 0
+    return min(max(1 << (R - 1).bit_length(), 16), 64) if R else 0
 
 
 def shipped_product(

@@ -10,6 +10,7 @@ from kernels import decode
 from kernels.decode import decodable, decode_asm, level_bits
 from nf4 import CODEBOOKS, QuantConfig, code_bits, codebook, dequantize, quantize
 from tests import ptx
+from tests.products import launch
 
 FOUR_BITS = [name for name in CODEBOOKS if code_bits(name) == 4]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -71,9 +72,7 @@ def test_the_emulator_knows_what_prmt_and_lop3_do():
 
 
 @triton.jit
-def decode_kernel(
-    words_ptr, levels_ptr, places_ptr, out_ptr, ASM: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr
-):
+def decode_kernel(words_ptr, levels_ptr, places_ptr, out_ptr, ASM: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
     row, word = tl.arange(0, ROWS), tl.arange(0, W)
     words = tl.load(words_ptr + row[:, None] * W + word[None, :])
     v0, v1, v2, v3 = decode.decoded(words, levels_ptr, ASM, True)
@@ -89,7 +88,7 @@ def test_the_columns_of_a_tile_are_a_permutation_that_places_undoes(dtype, W):
     words = torch.randint(-(2**31), 2**31, (4, W), generator=torch.Generator().manual_seed(W)).int()
     places = torch.full((8 * W,), -1, dtype=torch.int32)
     out = torch.zeros(4, 8 * W, dtype=torch.int16)
-    decode_kernel[1,](words, level_bits("nf4", dtype), places, out, ASM="", W=W, ROWS=4)
+    launch(decode_kernel, words, level_bits("nf4", dtype), places, out, ASM="", W=W, ROWS=4)
     assert sorted(places.tolist()) == list(range(8 * W))
     torch.testing.assert_close(
         out.view(dtype).view(-1, 8), expected_levels(words.numpy().view(np.uint32).ravel(), "nf4", dtype)
@@ -111,7 +110,7 @@ def test_scales_are_those_of_the_format(nested):
     q = quantize(torch.randn(64, 512, generator=torch.Generator().manual_seed(1)), config)
     out = torch.full((512,), torch.nan)
     _, scales, table, nested_absmax, offset, _ = decode.stored(q, torch.bfloat16)
-    scale_kernel[1,](scales, table, nested_absmax, offset, out, NESTED=nested, BLOCKS=512)
+    launch(scale_kernel, scales, table, nested_absmax, offset, out, NESTED=nested, BLOCKS=512)
     assert torch.equal(out, q.scales)
 
 

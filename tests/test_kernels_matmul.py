@@ -25,7 +25,7 @@ STORED = [
 def forward(W, x, bias=None, xa=None, lora_b=None, scaling=1.0):
     """The definition, with xa (M, R) given."""
     y = torch.nn.functional.linear(x, W, bias)
-    return y if xa is None else y + scaling * xa @ lora_b.T
+    return y if xa is None or lora_b is None else y + scaling * xa @ lora_b.T
 
 
 def check(form: ModuleType, M, N, K, config, dtype, R=0, bias=False, seed=0, scaling=1.0, adapter=torch.float32):

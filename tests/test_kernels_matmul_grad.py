@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernels import matmul_grad
 from nf4 import QuantConfig, quantize
-from tests.products import dropout_mask, in_both, judge, normal, philox, poisoned_memory, weight
+from tests.products import dropout_mask, in_both, judge, launch, normal, philox, poisoned_memory, weight
 
 DTYPES = [torch.bfloat16, torch.float16]
 STORED = [
@@ -106,7 +106,7 @@ def draw_kernel(out_ptr, seed, start, COUNT: tl.constexpr):
 @pytest.mark.parametrize("start", [0, 2**32 - 8, 2**35 + 3])
 def test_a_draw_far_into_x_counts_in_64_bits(start):
     out = torch.zeros(16, 4, dtype=torch.int32)
-    draw_kernel[1,](out, SEED, start, COUNT=16)
+    launch(draw_kernel, out, SEED, start, COUNT=16)
     at = np.arange(start, start + 16, dtype=np.uint64)
     zero = np.zeros_like(at)
     expected = philox(np.stack([at & np.uint64(0xFFFFFFFF), at >> np.uint64(32), zero, zero], axis=1), SEED)
