@@ -19,9 +19,9 @@ from kernels.launch import INTERPRET
 
 
 def split(tiles: int, rounds: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts a loop of `rounds` is split, and the rounds of each, so that every processor has two."""
-    parts = -(-2 * processors(device) // max(tiles, 1))
-    length = -(-rounds // max(min(parts, rounds // 4), 1))  # under four rounds, filling the pipeline is all there is
+    """Into how many parts a loop of `rounds` is split, so that every processor has two programs; rounds of a part."""
+    wanted = -(-2 * processors(device) // tiles)
+    length = rounds // max(min(wanted, rounds // 4), 1)  # below four rounds there is little but filling the pipeline
     return -(-rounds // length), length
 
 

@@ -92,13 +92,14 @@ def test_counters_are_back_at_zero_after_a_product(monkeypatch):
 
 @settings(max_examples=200)
 @given(tiles=st.integers(1, 2000), rounds=st.integers(1, 400), processors=st.integers(1, 200))
-def test_parts_cover_the_loop_and_keep_every_processor_at_work(tiles, rounds, processors):
+def test_parts_cover_the_loop_and_give_each_processor_two_programs_or_are_short(tiles, rounds, processors):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(epilogue, "processors", lambda device: processors)
         parts, length = epilogue.split(tiles, rounds, torch.device("cpu"))
     assert (parts - 1) * length < rounds <= parts * length
     assert parts == 1 or length >= 4
-    assert parts * tiles >= min(processors, tiles * (rounds // 8))
+    assert parts * tiles >= min(2 * processors, tiles * (rounds // 4))
+    assert parts == 1 or (parts - 1) * tiles < 4 * processors  # and not many more
 
 
 @pytest.mark.parametrize("form", FORMS)
