@@ -85,10 +85,15 @@ def philox(counters: np.ndarray, seed: int) -> np.ndarray:
 
 
 def dropout_mask(shape: tuple[int, int], dropout: float, seed: int) -> Tensor:
-    """Which entries stay: 16 bits for each, eight to a draw, low halves first."""
+    """Which entries stay."""
+    return dropout_numbers(shape, seed) >= round(dropout * 2**16)
+
+
+def dropout_numbers(shape: tuple[int, int], seed: int) -> Tensor:
+    """16 bits for each entry, eight to a draw, low halves first."""
     count = shape[0] * shape[1]
     draw = np.arange(-(-count // 8), dtype=np.uint64)
     zero = np.zeros_like(draw)
     words = philox(np.stack([draw & np.uint64(0xFFFFFFFF), draw >> np.uint64(32), zero, zero], axis=1), seed)
     numbers = np.stack([words & 0xFFFF, words >> np.uint32(16)], axis=2).reshape(-1)[:count]
-    return torch.from_numpy(numbers.astype(np.int64) >= round(dropout * 2**16)).view(shape)
+    return torch.from_numpy(numbers.astype(np.int64)).view(shape)

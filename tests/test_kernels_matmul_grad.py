@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from kernels import matmul_grad
 from nf4 import QuantConfig, quantize
-from tests.products import dropout_mask, in_both, judge, launch, normal, philox, poisoned_memory, weight
+from tests.products import (
+    dropout_mask,
+    dropout_numbers,
+    in_both,
+    judge,
+    launch,
+    normal,
+    philox,
+    poisoned_memory,
+    weight,
+)
 
 DTYPES = [torch.bfloat16, torch.float16]
 STORED = [
@@ -71,16 +81,25 @@ def test_a_sum_in_parts_is_the_same_sum(parts, monkeypatch):
     assert torch.equal(split, check(*arguments))
 
 
-@pytest.mark.parametrize("block_size", [32, 64])
-@pytest.mark.parametrize("seed", [0, 1, 2**31 + 5, SEED, 2**63 - 1])
-@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.999])
-def test_the_mask_is_philoxs_bit_for_bit(dropout, seed, block_size):
-    M, K = 11, 192
+def mask_of_the_kernel(M, K, block_size, dropout, seed):
+    """The mask alone, as 0 and 1 / (1 - dropout): a weight of zeros, and a branch of ones."""
     q = quantize(torch.zeros(16, K), QuantConfig(block_size=block_size, double_quant=False))
     ones = torch.ones(M, 1, dtype=torch.bfloat16), torch.ones(1, K, dtype=torch.bfloat16)
-    dx = matmul_grad.matmul_grad(torch.zeros(M, 16, dtype=torch.bfloat16), q, *ones, dropout, seed)
-    assert torch.equal(dx != 0, dropout_mask((M, K), dropout, seed))
+    return matmul_grad.matmul_grad(torch.zeros(M, 16, dtype=torch.bfloat16), q, *ones, dropout, seed)
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+@pytest.mark.parametrize(("dropout", "seed"), [(0.1, 0), (0.5, 1), (0.999, 2**31 + 5), (0.1, SEED), (0.3, 2**63 - 1)])
+def test_the_mask_is_philoxs_bit_for_bit(dropout, seed, block_size):
+    dx = mask_of_the_kernel(11, 192, block_size, dropout, seed)
+    assert torch.equal(dx != 0, dropout_mask((11, 192), dropout, seed))
     assert dx.unique().tolist() == [0.0, torch.tensor(1 / (1 - dropout)).bfloat16().item()]
+
+
+def test_an_entry_stays_from_the_threshold_on():
+    number = dropout_numbers((3, 64), SEED)[1, 5].item()
+    assert mask_of_the_kernel(3, 64, 64, number / 2**16, SEED)[1, 5] != 0
+    assert mask_of_the_kernel(3, 64, 64, (number + 1) / 2**16, SEED)[1, 5] == 0
 
 
 def test_philox_gives_its_published_numbers():
