@@ -28,9 +28,10 @@ def always(*_: Any) -> bool:
 @lru_cache
 def table() -> tuple[Row, ...]:
     """The forms that there are, the fastest first. (Imported here, since some are built from others.)"""
-    from kernels import cpu, dense, reference
+    from kernels import chunked, cpu, cpu_layers, dense, layers, reference
 
     return (
+        *(gpu_rows() if torch.cuda.is_available() else ()),  # without a GPU nobody need wait for Triton
         Row("quantize", "cpu", cpu.accepts_weight, cpu.quantize),
         Row("quantize", "any", always, reference.quantize),
         Row("dequantize", "cpu", cpu.accepts_stored, cpu.dequantize),
@@ -45,6 +46,53 @@ def table() -> tuple[Row, ...]:
         Row("project_grad", "any", always, dense.project_grad),
         Row("drop", "cpu", cpu.accepts_dropout, cpu.drop),
         Row("drop", "any", always, reference.drop),
+        # around the products
+        Row("rms_norm", "cpu", cpu_layers.accepts_norm, cpu_layers.rms_norm),
+        Row("rms_norm", "any", always, layers.rms_norm),
+        Row("rms_norm_grad", "cpu", cpu_layers.accepts_norm, cpu_layers.rms_norm_grad),
+        Row("rms_norm_grad", "any", always, layers.rms_norm_grad),
+        Row("rotate", "cpu", cpu_layers.accepts, cpu_layers.rotate),
+        Row("rotate", "any", always, layers.rotate),
+        Row("swiglu", "cpu", cpu_layers.accepts, cpu_layers.swiglu),
+        Row("swiglu", "any", always, layers.swiglu),
+        Row("swiglu_grad", "cpu", cpu_layers.accepts, cpu_layers.swiglu_grad),
+        Row("swiglu_grad", "any", always, layers.swiglu_grad),
+        Row("cross_entropy", "cpu", cpu_layers.accepts, cpu_layers.rows_cross_entropy),
+        Row("cross_entropy", "any", always, chunked.rows_cross_entropy),
+    )
+
+
+def gpu_rows() -> tuple[Row, ...]:
+    """Triton's forms. Products: few tokens and a middle range are fused, and more take the dense way below."""
+    from kernels import (
+        cross_entropy,
+        dropout,
+        glu,
+        matmul_few,
+        matmul_grad,
+        matmul_mid,
+        norm,
+        project,
+        restore,
+        rope,
+        store,
+    )
+
+    return (
+        Row("quantize", "cuda", store.accepts, store.quantize),
+        Row("dequantize", "cuda", restore.accepts, restore.dequantize),
+        Row("matmul", "cuda", matmul_few.accepts, matmul_few.matmul),
+        Row("matmul", "cuda", matmul_mid.accepts, matmul_mid.matmul),
+        Row("matmul_grad", "cuda", matmul_grad.accepts, matmul_grad.matmul_grad),
+        Row("project", "cuda", project.accepts, project.project),
+        Row("project_grad", "cuda", project.accepts, project.project_grad),
+        Row("drop", "cuda", dropout.accepts, dropout.drop),
+        Row("rms_norm", "cuda", norm.accepts, norm.rms_norm),
+        Row("rms_norm_grad", "cuda", norm.accepts, norm.rms_norm_grad),
+        Row("rotate", "cuda", rope.accepts, rope.rotate),
+        Row("swiglu", "cuda", glu.accepts, glu.swiglu),
+        Row("swiglu_grad", "cuda", glu.accepts, glu.swiglu_grad),
+        Row("cross_entropy", "cuda", cross_entropy.accepts, cross_entropy.cross_entropy),
     )
 
 

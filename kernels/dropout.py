@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.launch import Launch, Shipped, ceil_div
+from kernels.reference import threshold
 
 DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 DROP = Launch({"TILE": 2048}, num_warps=4)
@@ -33,11 +34,6 @@ def drop(x: Float[Tensor, "..."], dropout: float, seed: int | None) -> Float[Ten
         grid = (ceil_div(x.numel(), DROP.constants["TILE"]),)
         drop_kernel[grid](x, out, x.numel(), seed, threshold(dropout), 1 / (1 - dropout), **DROP.options())
     return out
-
-
-def threshold(dropout: float) -> int:
-    """The 16-bit number from which an entry stays."""
-    return round(dropout * 2**16)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])

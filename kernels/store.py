@@ -3,7 +3,8 @@
 Three kernels are the three steps of `nf4.quantize`, and give the same bits: every number they compute is one
 operation that is rounded correctly, or a choice among stored ones. The level nearest to a value follows from how many
 midpoints between levels lie below it; four halvings count them among sixteen levels, and eight among the 256 entries
-that scales are stored as. Codebooks that do not have 4 bits, and searching for scales, are left to nf4.
+that scales are stored as. Codebooks that do not have 4 bits are left to nf4, and
+the search for scales is nf4's own.
 """
 
 import math
@@ -16,12 +17,12 @@ import triton.language as tl
 from jaxtyping import Float, Int32, Shaped, UInt8
 from torch import Tensor
 
-import nf4
 from kernels.launch import Launch, Shipped, ceil_div
 from nf4 import QuantConfig, QuantizedTensor, code_bits
-from nf4.blockwise import INPUT_DTYPES, refuse_non_finite
+from nf4.blockwise import INPUT_DTYPES, Steps, quantize_by
 from nf4.codebook import ascending
-from nf4.double_quant import Nested, map_on
+from nf4.double_quant import Nested, check_finite, entry_midpoints
+from nf4.search import search_scales, squared_errors
 
 WIDEST = 4096  # scales or weights that one program takes as a block
 ABSMAX_TILE = 4096  # weights of one program, or one block if that is larger
@@ -36,11 +37,9 @@ NESTED = Launch({}, num_warps=4, fp_fusion=False)
 def accepts(weight: Shaped[Tensor, "..."], config: QuantConfig) -> bool:
     """Whether this form stores the weight; another is nf4's."""
     sizes_fit = config.block_size <= WIDEST and (not config.double_quant or config.nested_block_size <= WIDEST)
-    four_bits = code_bits(config.codebook) == 4
-    return weight.dtype in INPUT_DTYPES and weight.numel() > 0 and four_bits and config.scale == "absmax" and sizes_fit
+    return weight.dtype in INPUT_DTYPES and weight.numel() > 0 and code_bits(config.codebook) == 4 and sizes_fit
 
 
-@torch.no_grad()
 def quantize(
     weight: Shaped[Tensor, "..."], config: QuantConfig = QuantConfig(), *, name: str = "weight"
 ) -> QuantizedTensor:
@@ -49,16 +48,7 @@ def quantize(
     A weight halfway between two levels takes the lower one, and a block of zeros the code of zero, so that it
     decodes to exactly 0 whatever becomes of its scale. `name` is what an error message calls the weight.
     """
-    if not accepts(weight, config):
-        return nf4.quantize(weight, config, name=name)
-    flat = weight.detach().reshape(-1)
-    absmax = block_absmax(flat, config.block_size)
-    refuse_non_finite(flat, absmax, weight.shape, config.block_size, name)
-    nested = quantize_absmax(absmax, config.nested_block_size) if config.double_quant else (None, None, None)
-    packed = encode(flat, absmax, config)  # codes go by the scales before rounding
-    return QuantizedTensor(
-        packed, None if config.double_quant else absmax, *nested, tuple(weight.shape), weight.dtype, config
-    )
+    return quantize_by(STEPS, weight, config, name)
 
 
 def block_absmax(flat: Float[Tensor, " n"], block_size: int) -> Float[Tensor, " num_blocks"]:
@@ -102,14 +92,13 @@ def quantize_absmax(absmax: Float[Tensor, " num_blocks"], nested_block_size: int
     nested_kernel[(len(nested_absmax),)](
         absmax,
         offset,
-        entry_midpoints_on(absmax.device),
+        entry_midpoints(absmax.device),
         codes,
         nested_absmax,
         len(absmax),
         **NESTED.options(NESTED_BLOCK_SIZE=nested_block_size, COLUMNS=power_of_2(nested_block_size)),
     )
-    if not nested_absmax.isfinite().all():
-        return nf4.quantize_absmax(absmax, nested_block_size)  # which says why it cannot be
+    check_finite(absmax, nested_absmax)
     return codes, nested_absmax, offset
 
 
@@ -258,9 +247,4 @@ def tables_on(name: str, device: torch.device) -> tuple[Float[Tensor, "16"], Int
         return midpoints.to(device), codes.to(device, torch.int32)
 
 
-@lru_cache
-def entry_midpoints_on(device: torch.device) -> Float[Tensor, "255"]:
-    """The midpoints between the entries of the dynamic map, in float64, where they are exact."""
-    entries = map_on(torch.device("cpu")).double()
-    with torch.inference_mode(False):
-        return ((entries[:-1] + entries[1:]) / 2).to(device)
+STEPS = Steps(block_absmax, search_scales, squared_errors, quantize_absmax, encode)
