@@ -256,6 +256,18 @@ def test_small_gradients_survive_float16_when_the_loss_is_scaled():
     torch.testing.assert_close(scaled[:40], single, atol=1e-3, rtol=2e-3)
 
 
+def test_the_factor_of_the_gradient_is_not_rounded_to_16_bits():
+    hidden, weight, targets = arguments("linear_cross_entropy", torch.bfloat16, rows=(4,), D=2000)
+    loss = kernels.linear_cross_entropy(hidden, weight, targets)
+    once, more = (torch.autograd.grad(loss * factor, hidden, retain_graph=True)[0] for factor in (1, 385 / 256))
+    assert more.float().norm() / once.float().norm() == pytest.approx(385 / 256, abs=1e-3)  # bfloat16 has 1.5
+
+
+def test_of_all_that_the_head_gives_only_the_sum_has_a_gradient():
+    outputs = torch.ops.qlora.linear_cross_entropy(*arguments("linear_cross_entropy"), -100, True, True)
+    assert [out.requires_grad for out in outputs] == [False, True, False, False]
+
+
 @pytest.mark.parametrize("operators", [kernels, reference])
 @pytest.mark.parametrize("wrong", [30, -1, -101, 10**12])
 def test_a_target_outside_the_vocabulary_is_refused(operators, wrong):
