@@ -72,6 +72,7 @@ def mend() -> None:
         initialize(self, inspect.unwrap(fn), **options)
 
     interpreter._convert_float = convert_float  # pyrefly: ignore[bad-assignment]
-    Builder.create_dot, Builder.binary_op = create_dot, binary_op
+    Builder.create_dot = create_dot  # pyrefly: ignore[bad-assignment]
+    Builder.binary_op = binary_op  # pyrefly: ignore[bad-assignment]
     interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter.InterpretedFunction.__init__ = initialize_unwrapped

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,8 @@ def test_without_products_the_longest_loop_counts_and_without_loops_all():
     ],
 )
 def test_a_report_says_what_is_held_against_it(change, failure):
-    report = Report(**{"name": "k", "chip": "sm_80", "shared_limit": 1000, **change})
+    fields: dict[str, Any] = {"name": "k", "chip": "sm_80", "shared_limit": 1000, **change}
+    report = Report(**fields)
     failures = report.failures()
     assert len(failures) == (failure is not None)
     assert failure is None or failures[0].startswith(failure)

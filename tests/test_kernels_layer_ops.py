@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import chunked, cross_entropy, glu, layer_ops, norm, reference, rope
-from kernels.dispatch import Row
+from kernels import chunked, cross_entropy, dispatch, glu, norm, reference, rope
 from tests.judge import errs_at_most_twice
 
 OPERATORS = ("rms_norm", "rotate", "swiglu", "linear_cross_entropy")
@@ -46,14 +45,15 @@ def run(operators, operator, given):
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-@pytest.fixture(params=["plain", "triton"])
+@pytest.fixture(params=["plain", "c", "triton"])
 def forms(request, monkeypatch):
-    """The same operators over both kinds of forms: Triton's, in its interpreter, on CPU tensors."""
+    """The same operators over every kind of forms; Triton's in its interpreter, on CPU tensors."""
+    rows = dispatch.table()
+    if request.param == "plain":
+        rows = tuple(r for r in rows if r.device != "cpu")
     if request.param == "triton":
-        with monkeypatch.context() as patch:
-            patch.setattr("torch.cuda.is_available", lambda: True)
-            rows = [r._replace(device="cpu") if r.device == "cuda" else r for r in layer_ops.table.__wrapped__()]
-        monkeypatch.setattr(layer_ops, "table", lambda: rows)
+        rows = (*(r._replace(device="cpu") for r in dispatch.gpu_rows()), *rows)
+    monkeypatch.setattr(dispatch, "table", lambda: rows)
     return request.param
 
 
@@ -310,21 +310,18 @@ def test_an_unknown_reduction_and_a_gradient_of_single_losses_are_refused():
 
 def test_a_gpu_gets_triton_but_for_what_triton_does_not_take(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    table = layer_ops.table.__wrapped__()
-    assert {r.operator for r in table if r.device == "cuda"} == {r.operator for r in table if r.device == "any"}
-    cuda = {r.operator: r for r in table if r.device == "cuda"}
-    assert isinstance(cuda["rotate"], Row)
+    cuda = {r.operator: r for r in dispatch.table.__wrapped__() if r.device == "cuda" and r.operator in OPERATIONS}
+    assert set(cuda) == OPERATIONS
     x = torch.ones(2, 4)
     for row in cuda.values():
         assert row.form.__module__ in [module.__name__ for module in TRITON]
         assert row.accepts(x, x)
         assert not row.accepts(x.double(), x.double())
-    assert "cuda" not in {r.device for r in table_without_gpu(monkeypatch)}
-
-
-def table_without_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    return layer_ops.table.__wrapped__()
+    assert "cuda" not in {r.device for r in dispatch.table.__wrapped__()}
+
+
+OPERATIONS = {"rms_norm", "rms_norm_grad", "rotate", "swiglu", "swiglu_grad", "cross_entropy"}
 
 
 def test_every_argument_of_a_shipped_kernel_has_a_type_or_a_value():
