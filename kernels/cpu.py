@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.cpu_build import Codebook, Scales, library
 from nf4 import QuantConfig, QuantizedTensor
-from nf4.blockwise import Steps, check_sizes, quantize_by
+from nf4.blockwise import Steps, check_out, check_sizes, quantize_by
 from nf4.codebook import ascending, code_bits, levels_of, zero_code
 from nf4.double_quant import Nested, check_finite, entry_midpoints, map_on, without_mean
 from nf4.search import GRID, REFITS, candidate_table
@@ -61,6 +61,9 @@ def dequantize(
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype)
         loaded().prefer_huge_pages(out.data_ptr(), out.nbytes)
+    check_out(q, dtype, out)
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, not {out.stride()} apart")
     scales = StoredScales.of(q)
     n, block_size = q.numel, clipped(q.config.block_size, q.numel)
     packed, levels = q.packed.contiguous(), tables(q.config.codebook).levels

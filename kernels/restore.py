@@ -21,6 +21,7 @@ from torch import Tensor
 import nf4
 from kernels.launch import Launch, Shipped, ceil_div
 from nf4 import QuantizedTensor, code_bits, codebook
+from nf4.blockwise import check_out, check_sizes
 from nf4.double_quant import map_on
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -57,7 +58,8 @@ def dequantize(
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
-    check(q, dtype or out.dtype, out)
+    check_sizes(q)
+    check_out(q, dtype, out)
     rows, columns, _ = layout(out)
     if out.numel() == 0:
         return out
@@ -179,32 +181,6 @@ def trial(row: str, launch: Launch) -> Callable[[], None]:
     q = nf4.quantize(torch.randn(11008, 4096, device="cuda"))
     wide = torch.empty(11008, 4096 + (64 if row == "rows" else 0), dtype=torch.bfloat16, device="cuda")
     return lambda: decode_into(wide[:, :4096], q, launch)
-
-
-def check(q: QuantizedTensor, dtype: torch.dtype, out: Tensor) -> None:
-    if not accepts(q, dtype):
-        raise ValueError(
-            f"this kernel decodes 4-bit codes to bfloat16, float16 or float32, not {q.config.codebook} to {dtype}"
-        )
-    if tuple(out.shape) != tuple(q.shape) or out.dtype != dtype or out.device != q.device:
-        raise ValueError(
-            f"out must be {dtype} of shape {tuple(q.shape)} on {q.device}, "
-            f"not {out.dtype} of shape {tuple(out.shape)} on {out.device}"
-        )
-    block_size, n = q.config.block_size, q.numel
-    scales = q.absmax if q.absmax is not None else q.absmax_codes
-    count = 0 if scales is None else len(scales)
-    if len(q.packed) != ceil_div(n, 2) or count != ceil_div(n, block_size):  # a kernel would read past their ends
-        raise ValueError(
-            f"a weight of shape {q.shape} has {ceil_div(n, 2)} bytes of 4-bit codes and {ceil_div(n, block_size)} "
-            f"scales, but {len(q.packed)} bytes and {count} scales came"
-        )
-    nested = ceil_div(count, q.config.nested_block_size)
-    if q.nested_absmax is not None and len(q.nested_absmax) != nested:
-        raise ValueError(
-            f"{count} scales in blocks of {q.config.nested_block_size} have {nested} second-level scales, "
-            f"but {len(q.nested_absmax)} came"
-        )
 
 
 def layout(out: Tensor) -> tuple[int, int, int]:

@@ -160,6 +160,7 @@ def dequantize(
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
+    check_out(q, dtype, out)
     flat = out.view(-1)
     for start, values in decode(q):
         flat[start : start + len(values)].copy_(values)
@@ -241,6 +242,14 @@ def check_sizes(q: QuantizedTensor) -> None:
         )
     if q.absmax_codes is not None and q.nested_absmax is not None:
         check_nested_sizes(q.absmax_codes, q.nested_absmax, q.config.nested_block_size)
+
+
+def check_out(q: QuantizedTensor, dtype: torch.dtype | None, out: Tensor) -> None:
+    if tuple(out.shape) != q.shape or out.dtype != (dtype or out.dtype) or out.device != q.device:
+        raise ValueError(
+            f"out must be {dtype or out.dtype} of shape {q.shape} on {q.device}, "
+            f"not {out.dtype} of shape {tuple(out.shape)} on {out.device}"
+        )
 
 
 def normalized(

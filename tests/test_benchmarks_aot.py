@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+
 from typing import Any
 
 import pytest
@@ -102,8 +103,7 @@ def test_without_products_the_longest_loop_counts_and_without_loops_all():
     ],
 )
 def test_a_report_says_what_is_held_against_it(change, failure):
-    fields: dict[str, Any] = {"name": "k", "chip": "sm_80", "shared_limit": 1000, **change}
-    report = Report(**fields)
+    report = replace(Report(name="k", chip="sm_80", shared_limit=1000), **change)
     failures = report.failures()
     assert len(failures) == (failure is not None)
     assert failure is None or failures[0].startswith(failure)

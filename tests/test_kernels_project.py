@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kernels import dropout as dropping
 from kernels import project as products
 from kernels.dropout import drop, numbers
+from kernels.launch import Launch
 from kernels.project import LAUNCHES, RANKS, project, project_grad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +53,7 @@ def numbers_kernel(out_ptr, seed, first, COUNT: tl.constexpr):
 def drawn(seed, first):
     """The 64 numbers of eight counters from `first` on."""
     out = torch.full((64,), -1, dtype=torch.int32)
-    numbers_kernel[(1,)](out, seed, first, COUNT=8)
+    numbers_kernel[(1,)](out, seed, first, **Launch({"COUNT": 8}).options())
     return out.tolist()
 
 
