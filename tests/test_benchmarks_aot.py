@@ -6,8 +6,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
-from typing import Any
-
 import pytest
 import torch
 from rich.console import Console
