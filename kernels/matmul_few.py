@@ -55,7 +55,7 @@ def matmul(
     return launch_product(few_kernel, launch, False, x, q, bias, xa, lora_b, scaling)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "R", "parts", "rounds"])
 def few_kernel(
     x_ptr,  # (M, K)
     words_ptr,  # (N, K / 8)

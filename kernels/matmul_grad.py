@@ -91,7 +91,7 @@ def matmul_grad(
     return dx
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["seed", "threshold", "M", "R", "parts", "rounds"])
 def grad_kernel(
     dy_ptr,  # (M, N)
     words_ptr,  # (N, K / 8)

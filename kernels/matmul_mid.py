@@ -49,7 +49,7 @@ def matmul(
     return launch_product(mid_kernel, LAUNCH, True, x, q, bias, xa, lora_b, scaling)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "R", "parts", "rounds"])
 def mid_kernel(
     x_ptr,  # (M, K)
     words_ptr,  # (N, K / 8)
