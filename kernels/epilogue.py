@@ -48,7 +48,7 @@ COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
 
 @triton.jit
 def arrive_last(acc, place, mask, partial_ptr, arrived_ptr, tile, part, parts, SIZE: tl.constexpr):
-    """Write a part of a tile of SIZE numbers; whether all others were there already."""
+    """Write one part of a tile's sum, SIZE numbers; whether all other parts were there already."""
     at = partial_ptr + (tile.to(tl.int64) * parts + part) * SIZE
     tl.store(at + place, acc, mask=mask)
     tl.debug_barrier()  # all threads have written before one of them counts this program in
@@ -57,6 +57,7 @@ def arrive_last(acc, place, mask, partial_ptr, arrived_ptr, tile, part, parts, S
 
 @triton.jit
 def sum_of_parts(acc, place, mask, partial_ptr, arrived_ptr, tile, parts, SIZE: tl.constexpr):
+    """All parts of a tile, in order; the tile's counter is put back to zero."""
     at = partial_ptr + tile.to(tl.int64) * parts * SIZE + place
     acc = tl.zeros_like(acc)
     for _ in tl.range(0, parts, num_stages=1):
@@ -64,6 +65,41 @@ def sum_of_parts(acc, place, mask, partial_ptr, arrived_ptr, tile, parts, SIZE: 
         at += SIZE
     tl.store(arrived_ptr + tile, 0)
     return acc
+
+
+@triton.jit
+def complete(
+    acc,
+    m,
+    n,
+    bias_ptr,
+    xa_ptr,
+    lora_b_ptr,
+    scaling,
+    y_ptr,
+    partial_ptr,
+    arrived_ptr,
+    M,
+    N,
+    R,
+    parts,
+    BIAS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """What both forms of x W^T do with a tile of y^T (BLOCK_N, BLOCK_M), the whole sum or part program_id(2) of it."""
+    if SPLIT:
+        BLOCK_N: tl.constexpr = acc.shape[0]
+        BLOCK_M: tl.constexpr = acc.shape[1]
+        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+        own = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
+        place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        used = (m < M)[None, :] & (n < N)[:, None]
+        if arrive_last(acc, place, used, partial_ptr, arrived_ptr, own, tl.program_id(2), parts, SIZE):
+            acc = sum_of_parts(acc, place, used, partial_ptr, arrived_ptr, own, parts, SIZE)
+            finish(acc, m, n, bias_ptr, xa_ptr, lora_b_ptr, scaling, y_ptr, M, N, R, BIAS, BLOCK_R)
+    else:
+        finish(acc, m, n, bias_ptr, xa_ptr, lora_b_ptr, scaling, y_ptr, M, N, R, BIAS, BLOCK_R)
 
 
 @triton.jit

@@ -8,9 +8,9 @@ mask is drawn again from the seed, eight entries a draw, and the halves of its f
 where the eight codes of a word stand. M tokens, N outputs, K inputs, R rank.
 
 Instructions per weight in the main loop, for sm_90 (bfloat16, nf4, double quantization, tokens x rows x columns, 4
-warps): 6.5 for 64x128x64, as shipped, which decodes to shared memory, 76 KB, so that two programs share a processor
-and one decodes while the other multiplies. The transposed product, with W in registers, needs W turned on the way and
-takes 7.8 (7.6 with 32 tokens); 64x64x64 takes 7.9, 64x128x128 6.9 with one program a processor.
+warps): 6.7 for 64x128x64, as shipped (sm_80: 9.3), which decodes to shared memory, 76 KB, so that two programs share
+a processor and one decodes while the other multiplies. The transposed product, with W in registers, needs W turned on
+the way and takes 7.8 (7.6 with 32 tokens); 64x64x64 takes 7.9, 64x128x128 6.9 with one program a processor.
 """
 
 from typing import Any
@@ -91,7 +91,7 @@ def matmul_grad(
     return dx
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["seed", "threshold", "M", "R", "parts", "rounds"])
 def grad_kernel(
     dy_ptr,  # (M, N)
     words_ptr,  # (N, K / 8)

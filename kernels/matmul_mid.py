@@ -8,11 +8,11 @@ into four instructions and decodes the next group while they run. For that there
 M tokens, N outputs, K inputs, R rank.
 
 Instructions per weight in the main loop, for sm_90 (bfloat16, nf4, double quantization, tokens x outputs x group):
-6.7 for 64x128x64 with 4 warps, as shipped; 7.1 for 128x128x64; 9.8 for 64x64x64, and 9.3 for 64x128x64 with 8 warps,
-where a thread decodes the scale of one row for 32 weights. Groups of 128 take 8.4 and W through shared memory. Scales
-decoded by a kernel of their own, before, save 0.5, and x put in the order of the codes before, 0.3: neither is worth
-another launch. 128x256x64 with 8 warps takes 6.9 and decodes W half as often, but fills a processor's registers with
-one program and spills on sm_80.
+6.6 for 64x128x64 with 4 warps, as shipped (sm_80: 10.3); 7.1 for 128x128x64; 9.8 for 64x64x64, and 9.3 for 64x128x64
+with 8 warps, where a thread decodes the scale of one row for 32 weights. Groups of 128 take 8.4, and W through shared
+memory. Scales decoded before, by a kernel of their own, save 0.5, and x put in the order of the codes before, 0.3:
+neither is worth another launch. 128x256x64 with 8 warps takes 6.9 and decodes W half as often, but fills a
+processor's registers with one program and spills on sm_80.
 """
 
 import torch
@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.decode import block_scale, decodable, decoded_scaled, places, tile
-from kernels.epilogue import arrive_last, finish, sum_of_parts
+from kernels.epilogue import complete
 from kernels.launch import Launch, Shipped
 from kernels.product import launch_product, shipped_product
 from nf4 import QuantizedTensor
@@ -49,7 +49,7 @@ def matmul(
     return launch_product(mid_kernel, LAUNCH, True, x, q, bias, xa, lora_b, scaling)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "R", "parts", "rounds"])
 def mid_kernel(
     x_ptr,  # (M, K)
     words_ptr,  # (N, K / 8)
@@ -103,18 +103,27 @@ def mid_kernel(
         w = tile(v0, v1, v2, v3).to(x_ptr.dtype.element_ty, bitcast=True)  # (BLOCK_N, GROUP)
         acc = tl.dot(w, tl.load(xs + g * GROUP), acc, input_precision="ieee")
 
-    if SPLIT:
-        own = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
-        place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        used = (m < M)[None, :] & (n < N)[:, None]
-        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
-        if arrive_last(acc, place, used, partial_ptr, arrived_ptr, own, tl.program_id(2), parts, SIZE):
-            acc = sum_of_parts(acc, place, used, partial_ptr, arrived_ptr, own, parts, SIZE)
-            finish(acc, m, n, bias_ptr, xa_ptr, lora_b_ptr, scaling, y_ptr, M, N, R, BIAS, BLOCK_R)
-    else:
-        finish(acc, m, n, bias_ptr, xa_ptr, lora_b_ptr, scaling, y_ptr, M, N, R, BIAS, BLOCK_R)
+    complete(
+        acc,
+        m,
+        n,
+        bias_ptr,
+        xa_ptr,
+        lora_b_ptr,
+        scaling,
+        y_ptr,
+        partial_ptr,
+        arrived_ptr,
+        M,
+        N,
+        R,
+        parts,
+        BIAS,
+        BLOCK_R,
+        SPLIT,
+    )
 
 
 def shipped() -> list[Shipped]:
     """What this file may launch."""
-    return shipped_product("matmul_mid", mid_kernel, LAUNCH, True, {80: 10.4, 90: 6.8})
+    return shipped_product("matmul_mid", mid_kernel, LAUNCH, True, {80: 10.5, 90: 6.8})
