@@ -63,7 +63,7 @@ def dequantize(
         loaded().prefer_huge_pages(out.data_ptr(), out.nbytes)
     check_out(q, dtype, out)
     if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, not {out.stride()} apart")
+        return out.copy_(dequantize(q, out.dtype))
     scales = StoredScales.of(q)
     n, block_size = q.numel, clipped(q.config.block_size, q.numel)
     packed, levels = q.packed.contiguous(), tables(q.config.codebook).levels

@@ -2,7 +2,8 @@
 
 Decoding costs as much as a product with some three hundred tokens, so from there on it is the faster way, and on
 no device is there a faster dense product than the vendor's. The workspace is shared by all layers: W lives
-there only until the product is done. The LoRA branch is added in place, without a second pass over the result.
+there only until the product is done. The LoRA branch is a small product added to the result, or on a GPU, where
+memory is what such a product waits for, some more columns of the large one.
 M tokens, N outputs, K inputs, R rank.
 """
 
@@ -31,6 +32,32 @@ def matmul(
     if xa is not None and lora_b is not None:
         y.addmm_(xa.to(x.dtype), lora_b.to(x.dtype).T, alpha=scaling)
     return y
+
+
+def accepts_augmented(x: Float[Tensor, "M K"], q: QuantizedTensor) -> bool:
+    """Are there more outputs than inputs? Then copying x once takes less memory traffic than passing over y again."""
+    return q.shape[0] > q.shape[1]
+
+
+def augmented_matmul(
+    x: Float[Tensor, "M K"],
+    q: QuantizedTensor,
+    bias: Float[Tensor, " N"] | None = None,
+    xa: Float[Tensor, "M R"] | None = None,
+    lora_b: Float[Tensor, "N R"] | None = None,
+    scaling: float = 1.0,
+) -> Float[Tensor, "M N"]:
+    """(M, K) -> (M, N): y = x W^T + bias + scaling xa B^T, as one product: [x | xa] [W | scaling B]^T.
+
+    The branch is then summed in float32 with all the rest, and y is written once.
+    """
+    if xa is None or lora_b is None:
+        return matmul(x, q, bias)
+    (N, K), R = q.shape, xa.shape[1]
+    W = workspace(q.device, x.dtype, N * (K + R)).view(N, K + R)
+    form("dequantize", q.device, q, x.dtype)(q, x.dtype, out=W[:, :K])
+    torch.mul(lora_b, scaling, out=W[:, K:])
+    return F.linear(torch.cat([x, xa.to(x.dtype)], dim=1), W, cast(bias, x.dtype))
 
 
 def matmul_grad(
@@ -71,13 +98,17 @@ workspaces = threading.local()  # one set for each thread, and in it one for eac
 
 
 def decoded(q: QuantizedTensor, dtype: torch.dtype) -> Float[Tensor, "N K"]:
-    """W in the workspace of this device, stream and dtype; good until the next call."""
-    device = q.device
+    """W in the workspace; good until the next call."""
+    out = workspace(q.device, dtype, q.numel).view(q.shape)
+    return form("dequantize", q.device, q, dtype)(q, dtype, out=out)
+
+
+def workspace(device: torch.device, dtype: torch.dtype, numel: int) -> Float[Tensor, " numel"]:
+    """Memory of this thread for this device, stream and dtype, as large as the largest that was asked for."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     held = workspaces.__dict__.setdefault("held", {})
     space = held.get((device, stream, dtype))
-    if space is None or space.numel() < q.numel:
+    if space is None or space.numel() < numel:
         with torch.inference_mode(False):
-            space = held[device, stream, dtype] = torch.empty(q.numel, dtype=dtype, device=device)
-    out = space[: q.numel].view(q.shape)
-    return form("dequantize", device, q, dtype)(q, dtype, out=out)
+            space = held[device, stream, dtype] = torch.empty(numel, dtype=dtype, device=device)
+    return space[:numel]

@@ -83,6 +83,7 @@ def gpu_rows() -> tuple[Row, ...]:
         Row("dequantize", "cuda", restore.accepts, restore.dequantize),
         Row("matmul", "cuda", matmul_few.accepts, matmul_few.matmul),
         Row("matmul", "cuda", matmul_mid.accepts, matmul_mid.matmul),
+        Row("matmul", "cuda", dense.accepts_augmented, dense.augmented_matmul),
         Row("matmul_grad", "cuda", matmul_grad.accepts, matmul_grad.matmul_grad),
         Row("project", "cuda", project.accepts, project.project),
         Row("project_grad", "cuda", project.accepts, project.project_grad),

@@ -156,11 +156,13 @@ def dequantize(
 ) -> Float[Tensor, "..."]:
     """The weight that is stored: level times scale in float32, then one rounding to `dtype`.
 
-    `out` is where to put it, a contiguous tensor of q's shape and of `dtype`; without it memory is made.
+    `out` is where to put it, a tensor of q's shape and of `dtype`; without it memory is made.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
     check_out(q, dtype, out)
+    if not out.is_contiguous():
+        return out.copy_(dequantize(q, out.dtype))
     flat = out.view(-1)
     for start, values in decode(q):
         flat[start : start + len(values)].copy_(values)

@@ -10,8 +10,7 @@ import torch
 
 import kernels
 from kernels import dispatch, ops
-from kernels.dense import decoded
-from nf4 import QuantConfig, dequantize, quantize
+from nf4 import QuantConfig, quantize
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,16 +75,3 @@ def test_the_first_row_that_accepts_is_taken_and_the_definition_takes_all():
     few, many = torch.randn(1, 64), torch.randn(64, 64)
     names = [dispatch.form("matmul", cpu, x, stored()).__module__ for x in (few, many)]
     assert names == ["kernels.cpu", "kernels.dense"]
-
-
-def test_the_workspace_is_one_for_all_weights_and_threads_have_their_own():
-    from concurrent.futures import ThreadPoolExecutor
-
-    small, large = stored(N=4), stored(N=12)
-    first = decoded(large, torch.float32)
-    assert torch.equal(first, dequantize(large, torch.float32))
-    second = decoded(small, torch.float32)
-    assert second.data_ptr() == first.data_ptr()
-    assert torch.equal(second, dequantize(small, torch.float32))
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(lambda: decoded(small, torch.float32).data_ptr()).result() != first.data_ptr()
