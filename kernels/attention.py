@@ -1,7 +1,6 @@
-"""Causal attention as an operator that torch knows, for the devices that have a form of their own.
+"""Causal attention: torch's own but for bfloat16 on a CPU, where it is slow and an operator of ours takes its place.
 
-Elsewhere torch's own attention is as fast as any. Backward keeps q, k, v, the result and the logarithm of each
-softmax's sum, never the scores.
+The operator's backward keeps q, k, v, the result and the logarithm of each softmax's sum, never the scores.
 Axes: B batch, H query heads, K key/value heads, T tokens, C channels per head.
 """
 
@@ -11,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels import cpu_attention, reference
+from kernels import reference
+from kernels.dispatch import form
+from kernels.layers import like
 from kernels.reference import check_attention
 
 
@@ -21,7 +22,7 @@ def attention(q: Float[Tensor, "..."], k: Float[Tensor, "..."], v: Float[Tensor,
     k and v are (B, K, T, C): every H / K query heads share one of keys and values.
     """
     check_attention(q, k, v)
-    if q.device.type == "cpu" and cpu_attention.accepts(q, k, v):
+    if q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16:
         return attention_op(q, k, v)[0]
     return reference.attention(q, k, v)
 
@@ -30,12 +31,12 @@ def attention(q: Float[Tensor, "..."], k: Float[Tensor, "..."], v: Float[Tensor,
     "qlora::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)"
 )
 def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return cpu_attention.attention(q, k, v)
+    return form("attention", q.device, q, k)(q, k, v)
 
 
 @attention_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return cpu_attention.like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -58,10 +59,9 @@ attention_op.register_autograd(attention_backward, setup_context=attention_conte
 def attention_grad_op(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu_attention.attention_grad(dy, q, k, v, y, lse)
+    return form("attention_grad", q.device, q, k)(dy, q, k, v, y, lse)
 
 
 @attention_grad_op.register_fake
 def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    like = cpu_attention.like
     return like(q), like(k), like(v)

@@ -10,18 +10,14 @@ from torch import Tensor
 
 from kernels.cpu import check_memory, loaded, threads
 from kernels.cpu_build import View, library
+from kernels.layers import like
 
 
-def accepts(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def accepts(q: Tensor, k: Tensor) -> bool:
     """Is this bfloat16, on a CPU that multiplies it?"""
-    bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
-    return bf16 and q.shape[-1] % 16 == 0 and q.numel() > 0 and attends_in_bf16()
-
-
-@torch.compiler.assume_constant_result
-def attends_in_bf16() -> bool:
+    fits = q.dtype == k.dtype == torch.bfloat16 and q.shape[-1] % 16 == 0 and q.numel() > 0
     c = library()
-    return c is not None and bool(c.attends_in_bf16())
+    return fits and c is not None and bool(c.attends_in_bf16())
 
 
 def attention(
@@ -62,12 +58,6 @@ def dense(t: Tensor) -> Tensor:
     """t as C can read it: channels side by side, and pairs of them at addresses that are multiples of 4."""
     fits = t.stride(-1) == 1 and all(stride % 2 == 0 for stride in t.stride()[:-1]) and t.data_ptr() % 4 == 0
     return t if fits else t.contiguous()
-
-
-def like(t: Tensor) -> Tensor:
-    """Memory for a tensor of t's shape, in which a token's heads lie side by side, as the next layer reads them."""
-    B, H, T, C = t.shape
-    return t.new_empty(B, T, H, C).transpose(1, 2)
 
 
 def view(t: Tensor) -> View:

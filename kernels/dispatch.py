@@ -6,10 +6,12 @@ device without a faster form gets the definition, so nothing here can fail.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
+
+from nf4 import QuantizedTensor
 
 
 class Row(NamedTuple):
@@ -28,7 +30,7 @@ def always(*_: Any) -> bool:
 @lru_cache
 def table() -> tuple[Row, ...]:
     """The forms that there are, the fastest first. (Imported here, since some are built from others.)"""
-    from kernels import chunked, cpu, cpu_layers, dense, layers, reference
+    from kernels import chunked, cpu, cpu_attention, cpu_layers, dense, layers, reference
 
     return (
         *(gpu_rows() if torch.cuda.is_available() else ()),  # without a GPU nobody need wait for Triton
@@ -57,6 +59,10 @@ def table() -> tuple[Row, ...]:
         Row("swiglu", "any", always, layers.swiglu),
         Row("swiglu_grad", "cpu", cpu_layers.accepts, cpu_layers.swiglu_grad),
         Row("swiglu_grad", "any", always, layers.swiglu_grad),
+        Row("attention", "cpu", cpu_attention.accepts, cpu_attention.attention),
+        Row("attention", "any", always, layers.attention),
+        Row("attention_grad", "cpu", cpu_attention.accepts, cpu_attention.attention_grad),
+        Row("attention_grad", "any", always, layers.attention_grad),
         Row("cross_entropy", "cpu", cpu_layers.accepts, cpu_layers.rows_cross_entropy),
         Row("cross_entropy", "any", always, chunked.rows_cross_entropy),
     )
@@ -66,6 +72,7 @@ def gpu_rows() -> tuple[Row, ...]:
     """Triton's forms. Products: few tokens and a middle range are fused, and more take the dense way below."""
     from kernels import (
         cross_entropy,
+        dense,
         dropout,
         glu,
         matmul_few,
@@ -78,7 +85,7 @@ def gpu_rows() -> tuple[Row, ...]:
         store,
     )
 
-    return (
+    rows = (
         Row("quantize", "cuda", store.accepts, store.quantize),
         Row("dequantize", "cuda", restore.accepts, restore.dequantize),
         Row("matmul", "cuda", matmul_few.accepts, matmul_few.matmul),
@@ -95,6 +102,18 @@ def gpu_rows() -> tuple[Row, ...]:
         Row("swiglu_grad", "cuda", glu.accepts, glu.swiglu_grad),
         Row("cross_entropy", "cuda", cross_entropy.accepts, cross_entropy.cross_entropy),
     )
+    return tuple(row._replace(form=on_its_device(row.form)) for row in rows)
+
+
+def on_its_device(form: Callable[..., Any]) -> Callable[..., Any]:
+    """The form, launched on the GPU of its first argument: Triton itself takes the current one."""
+
+    @wraps(form)
+    def launched(first: Any, *others: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(first.packed if isinstance(first, QuantizedTensor) else first):
+            return form(first, *others, **options)
+
+    return launched
 
 
 def form(operator: str, device: torch.device, first: Any, second: Any = None) -> Callable[..., Any]:

@@ -78,3 +78,43 @@ def swiglu_grad(
     dgate = dy * up
     torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
     return dgate, F.silu(gate).mul_(dy)
+
+
+def attention(
+    q: Float[Tensor, "B H T C"], k: Float[Tensor, "B K T C"], v: Float[Tensor, "B K T C"]
+) -> tuple[Float[Tensor, "B H T C"], Float[Tensor, "B H T"]]:
+    """softmax(q k^T / sqrt(C)) v over the tokens up to each query; the second result is for other forms."""
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return like(q).copy_(y), q.new_zeros(q.shape[:3], dtype=torch.float32)
+
+
+def attention_grad(
+    dy: Float[Tensor, "B H T C"],
+    q: Float[Tensor, "B H T C"],
+    k: Float[Tensor, "B K T C"],
+    v: Float[Tensor, "B K T C"],
+    y: Float[Tensor, "B H T C"],
+    lse: Float[Tensor, "B H T"],
+) -> tuple[Float[Tensor, "B H T C"], Float[Tensor, "B K T C"], Float[Tensor, "B K T C"]]:
+    """Gradients of q, k and v: in float32, one group of heads after the other, since this holds their scores."""
+    dq, dk, dv = like(q), like(k), like(v)
+    (B, H, T, C), K, dtype = q.shape, k.shape[1], wide(q.dtype)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    for b in range(B):
+        for head in range(K):
+            group = slice(head * (H // K), (head + 1) * (H // K))
+            query, g = q[b, group].to(dtype), dy[b, group].to(dtype)  # (H / K, T, C)
+            key, value = k[b, head].to(dtype), v[b, head].to(dtype)  # (T, C)
+            p = (query @ key.T * C**-0.5).masked_fill_(future, -torch.inf).softmax(dim=-1)  # (H / K, T, T)
+            change = g @ value.T
+            change = p * (change - (change * p).sum(dim=-1, keepdim=True)) * C**-0.5
+            dq[b, group] = (change @ key).to(q.dtype)
+            dk[b, head] = (change.mT @ query).sum(0).to(q.dtype)
+            dv[b, head] = (p.mT @ g).sum(0).to(q.dtype)
+    return dq, dk, dv
+
+
+def like(t: Float[Tensor, "B H T C"]) -> Float[Tensor, "B H T C"]:
+    """Memory for a tensor of t's shape, in which a token's heads lie side by side, as the next layer reads them."""
+    B, H, T, C = t.shape
+    return t.new_empty(B, T, H, C).transpose(1, 2)

@@ -9,7 +9,8 @@ import kernels
 from kernels import cpu_attention, reference
 from tests.judge import errs_at_most_twice
 
-needs_c = pytest.mark.skipif(not cpu_attention.attends_in_bf16(), reason="this CPU does not multiply bfloat16")
+BF16 = torch.empty(1, 1, 1, 16, dtype=torch.bfloat16)
+needs_c = pytest.mark.skipif(not cpu_attention.accepts(BF16, BF16), reason="this CPU does not multiply bfloat16")
 
 
 def heads(B=2, H=4, K=2, T=7, C=16, dtype=torch.bfloat16, seed=0):
@@ -39,7 +40,7 @@ def run(operators, q, k, v):
 )
 def test_in_bfloat16_it_errs_at_most_twice_as_much_as_torch_against_float64(B, K, group, T, C, seed):
     q, k, v = heads(B, K * group, K, T, C, seed=seed)
-    assert cpu_attention.accepts(q, k, v)
+    assert cpu_attention.accepts(q, k)
     exact = run(reference, *(t.double() for t in (q, k, v)))
     for ours, torchs, true in zip(run(kernels, q, k, v), run(reference, q, k, v), exact, strict=True):
         assert ours.dtype == torch.bfloat16
@@ -49,9 +50,9 @@ def test_in_bfloat16_it_errs_at_most_twice_as_much_as_torch_against_float64(B, K
 @needs_c
 def test_scores_far_apart_and_weights_that_vanish_are_taken_as_they_are():
     q, k, v = heads(T=50)
-    large = [60 * t.detach() for t in (q, k)]
-    exact = run(reference, *(t.double() for t in (*large, v)))
-    for ours, true in zip(run(kernels, *large, v), exact, strict=True):
+    q, k = 60 * q.detach(), 60 * k.detach()
+    exact = run(reference, *(t.double() for t in (q, k, v)))
+    for ours, true in zip(run(kernels, q, k, v), exact, strict=True):
         assert ours.isfinite().all()
         assert (ours.double() - true).norm() <= 0.02 * true.norm()
 
@@ -104,10 +105,18 @@ def test_what_is_kept_is_what_came_in_the_result_and_one_number_a_row():
     ]
 
 
+def test_on_a_cpu_without_such_products_torchs_own_is_taken(monkeypatch):
+    monkeypatch.setattr(cpu_attention, "library", lambda: None)
+    q, k, v = heads(T=20)
+    exact = run(reference, *(t.double() for t in (q, k, v)))
+    for ours, torchs, true in zip(run(kernels, q, k, v), run(reference, q, k, v), exact, strict=True):
+        assert errs_at_most_twice(ours, torchs, true)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_other_types_take_torchs_own(dtype):
     q, k, v = heads(dtype=dtype)
-    assert not cpu_attention.accepts(q, k, v)
+    assert not cpu_attention.accepts(q, k)
     for ours, theirs in zip(run(kernels, q, k, v), run(reference, q, k, v), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -118,7 +127,7 @@ def test_torch_finds_schema_fake_and_gradient_in_order():
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.qlora.attention.default, (q, k, v), test_utils=checks)
     y, lse = torch.ops.qlora.attention(q, k, v)
-    given = [t.detach() for t in (y, q, k, v, y, lse)]
+    given = tuple(t.detach() for t in (y, q, k, v, y, lse))
     torch.library.opcheck(torch.ops.qlora.attention_grad.default, given, test_utils=checks)
 
 
