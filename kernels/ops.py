@@ -159,15 +159,14 @@ def lora_backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, .
         assert a is not None
         assert b is not None
         assert xa is not None
-        dxa = dy @ b.to(dy.dtype)
-        dxa *= ctx.scaling  # (M, R)
+        dxa = dy @ (b * ctx.scaling).to(dy.dtype)  # (M, R)
         if need_x:
             dx = lora_linear_grad(dy, dxa, a, ctx.dropout, seed, *stored)
         if need_a:
             assert x is not None
             da = project_grad(dxa, x, ctx.dropout, seed).to(a.dtype)
         if need_b:
-            db = (dy.T @ (xa * ctx.scaling)).to(b.dtype)
+            db = (dy.T @ xa).to(b.dtype) * ctx.scaling
         if need_bias:
             dbias = dy.sum(0)
     return (dx, da, db, None, dbias, None, None, *[None] * len(stored))

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import reference
+from kernels import dispatch, reference
 from nf4 import QuantConfig, dequantize
+from tests.judge import errs_at_most_twice
 
 K, N, R = 20, 12, 3
 
@@ -92,6 +93,21 @@ def test_the_base_layer_is_a_plain_linear_layer():
     for operators in (kernels, reference):
         torch.testing.assert_close(operators.nf4_linear(x, q, bias), expected)
         torch.testing.assert_close(operators.nf4_linear(x, q), expected - bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 40, 270])
+@pytest.mark.parametrize("outputs", [48, 96])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_forms_of_a_gpu_are_the_definition_forward_and_backward(tokens, outputs, dtype, monkeypatch):
+    """Few tokens, a middle range and many; the branch beside the product and in it. In Triton's interpreter."""
+    on_cpu = tuple(row._replace(device="cpu") for row in dispatch.gpu_rows())
+    definitions = tuple(row for row in dispatch.table() if row.device == "any")
+    monkeypatch.setattr(dispatch, "table", lambda: on_cpu + definitions)
+    arguments = layer(2, dtype, K=64, N=outputs, R=4, tokens=(tokens,))
+    exact = run(reference, [a.double() if isinstance(a, torch.Tensor) else a for a in arguments], dropout=0.25, seed=9)
+    ours = run(kernels, arguments, dropout=0.25, seed=9)
+    for our, torchs, true in zip(ours, run(reference, arguments, dropout=0.25, seed=9), exact, strict=True):
+        assert errs_at_most_twice(our, torchs, true)
 
 
 def test_only_the_gradients_asked_for_are_made():
