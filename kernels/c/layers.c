@@ -95,7 +95,7 @@ void rotate(const void *x, const int64_t *x_strides, void *y, const int64_t *y_s
 
 enum { RUN = 4096 }; /* entries that a thread takes at once */
 
-INLINE void swiglu_run(const void *gate, const void *up, void *y, int64_t first, int64_t last, const int dtype) {
+INLINE void swiglu_run(const void *restrict gate, const void *restrict up, void *restrict y, int64_t first, int64_t last, const int dtype) {
     for (int64_t i = first; i < last; i++) {
         float g = get(gate, i, dtype), silu = rounded(g / (1 + exponential(-g)), dtype);
         put(y, i, silu * get(up, i, dtype), dtype);
@@ -107,7 +107,7 @@ void swiglu(const void *gate, const void *up, void *y, int64_t n, int dtype, int
     for (int64_t first = 0; first < n; first += RUN) BY_DTYPE(swiglu_run(gate, up, y, first, MIN(first + RUN, n), DTYPE))
 }
 
-INLINE void swiglu_grad_run(const void *dy, const void *gate, const void *up, void *dgate, void *dup, int64_t first, int64_t last, const int dtype) {
+INLINE void swiglu_grad_run(const void *restrict dy, const void *restrict gate, const void *restrict up, void *restrict dgate, void *restrict dup, int64_t first, int64_t last, const int dtype) {
     for (int64_t i = first; i < last; i++) {
         float g = get(gate, i, dtype), d = get(dy, i, dtype), share = 1 / (1 + exponential(-g));
         put(dup, i, rounded(g * share, dtype) * d, dtype);
