@@ -20,20 +20,12 @@ def provenance(device: str, commit: str | None = None) -> dict[str, Any]:
     """Device, threads, versions, commit and date. `commit` is for a copy of the tree that git knows nothing of."""
     return {
         "device": device,
-        "machine": machine(),
+        "machine": devices(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": commit or commit_here(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def machine() -> dict[str, Any]:
-    """What `qlora doctor` says of it, or less where torch is too old to know the CPU's instructions."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return devices()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
-    return {"cpu": platform.machine(), "gpu": gpu}
 
 
 def version(package: str) -> str | None:

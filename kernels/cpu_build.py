@@ -15,8 +15,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 SOURCES = Path(__file__).parent / "c"
 FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -86,6 +90,11 @@ def fingerprint(compiler: str, extra: tuple[str, ...]) -> str:
     for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def capabilities() -> Mapping[str, Any]:
+    """What torch knows of the CPU's instruction sets; nothing where it is too old to say."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def cpu_name() -> str:

@@ -11,6 +11,7 @@ import torch
 
 import kernels
 import nf4
+from kernels.cpu_build import capabilities, library
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,11 +47,12 @@ def packages() -> dict[str, str]:
 
 def devices() -> dict[str, Any]:
     """Processors, and what they multiply natively."""
-    cpu = torch.cpu.get_capabilities()
+    cpu = capabilities()
     wide = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "bf16", "sve")
     report: dict[str, Any] = {
-        "cpu": f"{cpu.get('cpu_name', cpu.get('architecture'))}, {torch.get_num_threads()} threads",
+        "cpu": f"{cpu.get('cpu_name', platform.machine())}, {torch.get_num_threads()} threads",
         "cpu instructions": ", ".join(name for name in wide if cpu.get(name)) or "none of note",
+        "cpu operators": "C, built for this CPU" if library() is not None else "plain torch",
         "gpu": "none that torch sees",
     }
     if torch.cuda.is_available():

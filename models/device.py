@@ -6,6 +6,7 @@ has it (AVX-512 BF16 or AMX). Elsewhere it would be emulated, slower than float3
 
 import torch
 
+from kernels.cpu_build import capabilities
 from models.errors import ConfigError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -36,5 +37,5 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    cpu = capabilities()
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("bf16"))

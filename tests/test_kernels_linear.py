@@ -107,6 +107,9 @@ def test_the_forms_of_a_gpu_are_the_definition_forward_and_backward(tokens, outp
     exact = run(reference, [a.double() if isinstance(a, torch.Tensor) else a for a in arguments], dropout=0.25, seed=9)
     ours = run(kernels, arguments, dropout=0.25, seed=9)
     for our, torchs, true in zip(ours, run(reference, arguments, dropout=0.25, seed=9), exact, strict=True):
+        assert our is not None
+        assert torchs is not None
+        assert true is not None
         assert errs_at_most_twice(our, torchs, true)
 
 

@@ -10,7 +10,10 @@
  */
 #include "common.h"
 
-typedef struct { uint16_t *data; int64_t b, h, t; } View; /* (B, H, T, C) with these strides; C is dense */
+typedef struct {
+    uint16_t *data;
+    int64_t b, h, t;
+} View; /* (B, H, T, C) with these strides; C is dense */
 
 #if defined(ROUNDS_TO_BF16)
 
@@ -20,8 +23,8 @@ enum { QUERIES = 48 };
 INLINE void product_tile(const int R, const int V, int64_t n, const uint32_t *a, int64_t row, int64_t pair,
                          const uint32_t *b, int64_t ldb, float *out, int64_t ldout, int add) {
     __m512 sum[6][4]; /* R by V of them, all in registers: sizes known here and loops unrolled */
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < V; v++) sum[r][v] = add ? _mm512_loadu_ps(out + r * ldout + 16 * v) : _mm512_setzero_ps();
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++)
+        sum[r][v] = add ? _mm512_loadu_ps(out + r * ldout + 16 * v) : _mm512_setzero_ps();
     for (int64_t p = 0; p < n; p++) {
         __m512bh right[4];
         UNROLL for (int v = 0; v < V; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + p * ldb + 16 * v);
@@ -30,8 +33,8 @@ INLINE void product_tile(const int R, const int V, int64_t n, const uint32_t *a,
             UNROLL for (int v = 0; v < V; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], left, right[v]);
         }
     }
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int v = 0; v < V; v++) _mm512_storeu_ps(out + r * ldout + 16 * v, sum[r][v]);
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++)
+        _mm512_storeu_ps(out + r * ldout + 16 * v, sum[r][v]);
 }
 
 /* The same for any number of rows, and columns in multiples of 16: tiles of 6 by 64 keep their sums in registers. */
@@ -43,8 +46,11 @@ static void product(int64_t rows, int64_t columns, int64_t n, const uint32_t *a,
             int R = (int)MIN(6, rows - r);
             const uint32_t *from = a + r * row;
             float *to = out + r * ldout + c;
-#define CASE(i, j) \
-    if (R == i && V == j) { product_tile(i, j, n, from, row, pair, b + c, ldb, to, ldout, add); continue; }
+#define CASE(i, j)                                                          \
+    if (R == i && V == j) {                                                 \
+        product_tile(i, j, n, from, row, pair, b + c, ldb, to, ldout, add); \
+        continue;                                                           \
+    }
 #define CASES(i) CASE(i, 4) CASE(i, 1) CASE(i, 2) CASE(i, 3)
             CASES(6) CASES(1) CASES(2) CASES(3) CASES(4) CASES(5)
 #undef CASES
@@ -54,7 +60,8 @@ static void product(int64_t rows, int64_t columns, int64_t n, const uint32_t *a,
 }
 
 /* (rows, C) to pairs of channels, (C / 2, padded): the right-hand side of a product over channels. */
-static void pairs_of_channels(uint32_t *to, const uint16_t *from, int64_t stride, int64_t rows, int64_t C, int64_t padded) {
+static void pairs_of_channels(uint32_t *to, const uint16_t *from, int64_t stride, int64_t rows, int64_t C,
+                              int64_t padded) {
     for (int64_t c = 0; c < C / 2; c++) memset(to + c * padded + rows, 0, 4 * (size_t)(padded - rows));
     for (int64_t t = 0; t < rows; t++)
         for (int64_t c = 0; c < C / 2; c++) memcpy(to + c * padded + t, from + t * stride + 2 * c, 4);
@@ -98,7 +105,9 @@ static void round_rows(uint16_t *to, int64_t stride, const float *from, int64_t 
 }
 
 /* Memory of one thread, cut into pieces that start on a cache line. */
-typedef struct { char *next; } Arena;
+typedef struct {
+    char *next;
+} Arena;
 static void *piece(Arena *arena, int64_t bytes) {
     void *start = arena->next;
     arena->next += (bytes + 63) / 64 * 64;
@@ -136,7 +145,8 @@ int attention(const View *q, const View *k, const View *v, const View *y, float 
                             largest = _mm512_mask_max_ps(largest, seen(first + r, j), largest, _mm512_loadu_ps(s + j));
                         float most = _mm512_reduce_max_ps(largest) * scale;
                         for (int64_t j = 0; j < width; j += 16) {
-                            __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(scale), _mm512_set1_ps(most));
+                            __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(scale),
+                                                       _mm512_set1_ps(most));
                             x = _mm512_maskz_mov_ps(seen(first + r, j), exponential(x));
                             total = _mm512_add_ps(total, x);
                             _mm256_storeu_si256((__m256i *)(weight + r * padded + j), (__m256i)_mm512_cvtneps_pbh(x));
@@ -156,8 +166,8 @@ int attention(const View *q, const View *k, const View *v, const View *y, float 
 
 /* Gradients of q, k and v from that of y. */
 int attention_grad(const View *q, const View *k, const View *v, const View *y, const float *lse, const View *dy,
-                   const View *dq, const View *dk, const View *dv, int64_t B, int64_t H, int64_t K, int64_t T, int64_t C,
-                   float scale, int threads) {
+                   const View *dq, const View *dk, const View *dv, int64_t B, int64_t H, int64_t K, int64_t T,
+                   int64_t C, float scale, int threads) {
     int64_t padded = (T + 15) / 16 * 16, group = H / K;
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
@@ -170,7 +180,8 @@ int attention_grad(const View *q, const View *k, const View *v, const View *y, c
         float *key_sum = piece(&arena, 4 * padded * C), *value_sum = piece(&arena, 4 * padded * C);
         float *score = piece(&arena, 4 * QUERIES * padded), *back = piece(&arena, 4 * QUERIES * padded);
         uint16_t *change = piece(&arena, 2 * QUERIES * padded);
-        uint32_t *weight_pairs = piece(&arena, 2 * QUERIES * padded), *change_pairs = piece(&arena, 2 * QUERIES * padded);
+        uint32_t *weight_pairs = piece(&arena, 2 * QUERIES * padded),
+                 *change_pairs = piece(&arena, 2 * QUERIES * padded);
         uint32_t *query_rows = piece(&arena, 2 * QUERIES * C), *dy_rows = piece(&arena, 2 * QUERIES * C);
         float *sum = piece(&arena, 4 * QUERIES * C);
 #pragma omp for schedule(dynamic)
@@ -201,14 +212,17 @@ int attention_grad(const View *q, const View *k, const View *v, const View *y, c
                         }
                         for (int64_t j = 0; j < width; j += 16) {
                             __mmask16 mask = r < rows ? seen(first + r, j) : 0;
-                            __m512 x = _mm512_loadu_ps(score + r * padded + j), g = _mm512_loadu_ps(back + r * padded + j);
+                            __m512 x = _mm512_loadu_ps(score + r * padded + j),
+                                   g = _mm512_loadu_ps(back + r * padded + j);
                             x = _mm512_fmsub_ps(x, _mm512_set1_ps(scale), _mm512_set1_ps(logarithm));
                             x = _mm512_maskz_mov_ps(mask, exponential(x));
-                            g = _mm512_mul_ps(_mm512_mul_ps(x, _mm512_sub_ps(g, _mm512_set1_ps(inner))), _mm512_set1_ps(scale));
+                            g = _mm512_mul_ps(_mm512_mul_ps(x, _mm512_sub_ps(g, _mm512_set1_ps(inner))),
+                                              _mm512_set1_ps(scale));
                             g = _mm512_maskz_mov_ps(mask, g);
                             __m256i p = (__m256i)_mm512_cvtneps_pbh(x), d = (__m256i)_mm512_cvtneps_pbh(g);
                             __m512i wide_p = _mm512_cvtepu16_epi32(p), wide_d = _mm512_cvtepu16_epi32(d);
-                            uint32_t *to_p = weight_pairs + r / 2 * padded + j, *to_d = change_pairs + r / 2 * padded + j;
+                            uint32_t *to_p = weight_pairs + r / 2 * padded + j,
+                                     *to_d = change_pairs + r / 2 * padded + j;
                             if (r % 2) { /* the second of a pair goes above the first */
                                 wide_p = _mm512_or_si512(_mm512_loadu_si512(to_p), _mm512_slli_epi32(wide_p, 16));
                                 wide_d = _mm512_or_si512(_mm512_loadu_si512(to_d), _mm512_slli_epi32(wide_d, 16));

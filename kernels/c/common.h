@@ -21,8 +21,16 @@ enum { F32, BF16, F16 };
 
 /* ---- numbers: everything is computed in float32 and rounded to nearest, ties to even ---- */
 
-INLINE uint32_t bits_of(float v) { uint32_t u; memcpy(&u, &v, 4); return u; }
-INLINE float float_of(uint32_t u) { float v; memcpy(&v, &u, 4); return v; }
+INLINE uint32_t bits_of(float v) {
+    uint32_t u;
+    memcpy(&u, &v, 4);
+    return u;
+}
+INLINE float float_of(uint32_t u) {
+    float v;
+    memcpy(&v, &u, 4);
+    return v;
+}
 
 INLINE uint16_t to_bf16(float v) {
     uint32_t u = bits_of(v);
@@ -57,10 +65,15 @@ INLINE float rounded(float v, int dtype) {
 
 /* `count` numbers from position `first` on, as float32. */
 INLINE void widen(float *restrict out, const void *source, int64_t first, int count, int dtype) {
-    if (dtype == F32) { memcpy(out, (const float *)source + first, 4 * (size_t)count); return; }
+    if (dtype == F32) {
+        memcpy(out, (const float *)source + first, 4 * (size_t)count);
+        return;
+    }
     const uint16_t *half = (const uint16_t *)source + first;
-    if (dtype == BF16) for (int i = 0; i < count; i++) out[i] = from_bf16(half[i]);
-    else for (int i = 0; i < count; i++) out[i] = from_f16(half[i]);
+    if (dtype == BF16)
+        for (int i = 0; i < count; i++) out[i] = from_bf16(half[i]);
+    else
+        for (int i = 0; i < count; i++) out[i] = from_f16(half[i]);
 }
 
 /* ---- scales: float32, or indices into the dynamic map with scales of their own ---- */
@@ -78,7 +91,10 @@ INLINE float scale_of(const Scales *s, int64_t block) {
 
 /* Those of `count` blocks from `first` on. */
 INLINE void decode_scales(const Scales *s, int64_t first, int64_t count, float *restrict out) {
-    if (s->absmax) { memcpy(out, s->absmax + first, 4 * (size_t)count); return; }
+    if (s->absmax) {
+        memcpy(out, s->absmax + first, 4 * (size_t)count);
+        return;
+    }
     for (int64_t b = first; b < first + count;) {
         int64_t end = MIN((b / s->nested_block + 1) * s->nested_block, first + count);
         float nested = s->nested[b / s->nested_block], offset = *s->offset;

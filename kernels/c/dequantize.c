@@ -5,18 +5,23 @@
 #include <sys/mman.h>
 /* Fresh memory costs a fault for every 4 KB, several times what decoding takes: ask for pages of 2 MB instead. */
 void prefer_huge_pages(void *start, int64_t bytes) {
-    uintptr_t page = 4096, first = ((uintptr_t)start + page - 1) / page * page, end = (uintptr_t)start + (uintptr_t)bytes;
+    uintptr_t page = 4096, first = ((uintptr_t)start + page - 1) / page * page,
+              end = (uintptr_t)start + (uintptr_t)bytes;
     if (bytes >= 4 << 20) madvise((void *)first, end - first, MADV_HUGEPAGE); /* advice: a refusal changes nothing */
 }
 #else
 void prefer_huge_pages(void *start, int64_t bytes) { (void)start, (void)bytes; }
 #endif
 
-typedef struct { float wide[16]; uint16_t half[16]; } Table;
+typedef struct {
+    float wide[16];
+    uint16_t half[16];
+} Table;
 
 INLINE void fill(Table *t, const float *levels, float scale, int dtype) {
     for (int i = 0; i < 16; i++) t->wide[i] = levels[i] * scale;
-    if (dtype != F32) for (int i = 0; i < 16; i++) t->half[i] = to_16(t->wide[i], dtype);
+    if (dtype != F32)
+        for (int i = 0; i < 16; i++) t->half[i] = to_16(t->wide[i], dtype);
 }
 
 #if defined(__AVX512BW__)
@@ -56,8 +61,10 @@ INLINE int64_t decode_groups(const uint8_t *packed, const float *levels, float s
     Table t;
     fill(&t, levels, scale, dtype);
     __m256i half = _mm256_loadu_si256((const __m256i *)t.half), low = _mm256_set1_epi16(255);
-    __m256i split = _mm256_permute4x64_epi64( /* the low bytes of the sixteen, then the high bytes */
-        _mm256_packus_epi16(_mm256_and_si256(half, low), _mm256_srli_epi16(half, 8)), 0xd8);
+    __m256i split = _mm256_permute4x64_epi64(/* the low bytes of the sixteen, then the high bytes */
+                                             _mm256_packus_epi16(_mm256_and_si256(half, low),
+                                                                 _mm256_srli_epi16(half, 8)),
+                                             0xd8);
     __m128i lows = _mm256_castsi256_si128(split), highs = _mm256_extracti128_si256(split, 1);
     __m128i nibble = _mm_set1_epi8(15);
     for (; i + 32 <= count; i += 32) {

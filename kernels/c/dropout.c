@@ -92,7 +92,9 @@ void thin(const void *x, void *out, int64_t n, int64_t seed, int threshold, floa
         widen(v, x, first, count, dtype);
         for (int i = 0; i < count; i++) v[i] = keep >> i & 1 ? v[i] * factor : 0;
         if (dtype == F32) memcpy((float *)out + first, v, 4 * (size_t)count);
-        else if (dtype == BF16) for (int i = 0; i < count; i++) ((uint16_t *)out)[first + i] = to_bf16(v[i]);
-        else for (int i = 0; i < count; i++) ((uint16_t *)out)[first + i] = to_f16(v[i]);
+        else if (dtype == BF16)
+            for (int i = 0; i < count; i++) ((uint16_t *)out)[first + i] = to_bf16(v[i]);
+        else
+            for (int i = 0; i < count; i++) ((uint16_t *)out)[first + i] = to_f16(v[i]);
     }
 }

@@ -6,10 +6,17 @@
 #include "common.h"
 
 /* Each loop once for every dtype, a constant to the compiler. */
-#define BY_DTYPE(call)                                \
-    if (dtype == BF16) { enum { DTYPE = BF16 }; call; } \
-    else if (dtype == F16) { enum { DTYPE = F16 }; call; } \
-    else { enum { DTYPE = F32 }; call; }
+#define BY_DTYPE(call)         \
+    if (dtype == BF16) {       \
+        enum { DTYPE = BF16 }; \
+        call;                  \
+    } else if (dtype == F16) { \
+        enum { DTYPE = F16 };  \
+        call;                  \
+    } else {                   \
+        enum { DTYPE = F32 };  \
+        call;                  \
+    }
 
 INLINE float get(const void *x, int64_t i, const int dtype) {
     if (dtype == F32) return ((const float *)x)[i];
@@ -32,24 +39,34 @@ INLINE float exponential(float x) {
 
 enum { WIDE = 16 }; /* partial sums, so that a sum can be taken by vectors */
 
-INLINE void norm_row(const void *x, const void *weight, void *y, float *rstd, int64_t row, int64_t D, float eps, const int dtype) {
+INLINE void norm_row(const void *x, const void *weight, void *y, float *rstd, int64_t row, int64_t D, float eps,
+                     const int dtype) {
     float sum[WIDE] = {0}, total = 0;
     int64_t first = row * D, i = 0;
     for (; i + WIDE <= D; i += WIDE)
-        for (int j = 0; j < WIDE; j++) { float v = get(x, first + i + j, dtype); sum[j] += v * v; }
-    for (; i < D; i++) { float v = get(x, first + i, dtype); total += v * v; }
+        for (int j = 0; j < WIDE; j++) {
+            float v = get(x, first + i + j, dtype);
+            sum[j] += v * v;
+        }
+    for (; i < D; i++) {
+        float v = get(x, first + i, dtype);
+        total += v * v;
+    }
     for (int j = 0; j < WIDE; j++) total += sum[j];
     float by = rstd[row] = 1 / sqrtf(total / (float)D + eps);
-    for (i = 0; i < D; i++) put(y, first + i, rounded(get(x, first + i, dtype) * by, dtype) * get(weight, i, dtype), dtype);
+    for (i = 0; i < D; i++)
+        put(y, first + i, rounded(get(x, first + i, dtype) * by, dtype) * get(weight, i, dtype), dtype);
 }
 
-void rms_norm(const void *x, const void *weight, void *y, float *rstd, int64_t rows, int64_t D, float eps, int dtype, int threads) {
+void rms_norm(const void *x, const void *weight, void *y, float *rstd, int64_t rows, int64_t D, float eps, int dtype,
+              int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++) BY_DTYPE(norm_row(x, weight, y, rstd, row, D, eps, DTYPE))
 }
 
 /* With h = x rstd and g = dy weight: dx = rstd (g - h mean(g h)). */
-INLINE void norm_grad_row(const void *dy, const void *x, const void *weight, const float *rstd, void *dx, int64_t row, int64_t D, const int dtype) {
+INLINE void norm_grad_row(const void *dy, const void *x, const void *weight, const float *rstd, void *dx, int64_t row,
+                          int64_t D, const int dtype) {
     float sum[WIDE] = {0}, total = 0, by = rstd[row];
     int64_t first = row * D, i = 0;
     for (; i + WIDE <= D; i += WIDE)
@@ -59,17 +76,20 @@ INLINE void norm_grad_row(const void *dy, const void *x, const void *weight, con
     for (int j = 0; j < WIDE; j++) total += sum[j];
     float share = total * by * by * by / (float)D;
     for (i = 0; i < D; i++)
-        put(dx, first + i, get(dy, first + i, dtype) * get(weight, i, dtype) * by - get(x, first + i, dtype) * share, dtype);
+        put(dx, first + i, get(dy, first + i, dtype) * get(weight, i, dtype) * by - get(x, first + i, dtype) * share,
+            dtype);
 }
 
-void rms_norm_grad(const void *dy, const void *x, const void *weight, const float *rstd, void *dx, int64_t rows, int64_t D, int dtype, int threads) {
+void rms_norm_grad(const void *dy, const void *x, const void *weight, const float *rstd, void *dx, int64_t rows,
+                   int64_t D, int dtype, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++) BY_DTYPE(norm_grad_row(dy, x, weight, rstd, dx, row, D, DTYPE))
 }
 
 /* ---- rotary positions: x and y are (B, H, T, C) with strides of their own, and dense channels ---- */
 
-INLINE void rotate_token(const void *x, void *y, int64_t from, int64_t to, const float *cosine, const float *sine, float sign, int64_t half, const int dtype) {
+INLINE void rotate_token(const void *x, void *y, int64_t from, int64_t to, const float *cosine, const float *sine,
+                         float sign, int64_t half, const int dtype) {
     for (int64_t c = 0; c < half; c++) {
         float first = get(x, from + c, dtype), second = get(x, from + half + c, dtype), s = sign * sine[c];
         put(y, to + c, first * cosine[c] - second * s, dtype);
@@ -78,8 +98,9 @@ INLINE void rotate_token(const void *x, void *y, int64_t from, int64_t to, const
 }
 
 /* The angles of batch b and token t start at b * angles + t * C / 2; `angles` is 0 where all batches share them. */
-void rotate(const void *x, const int64_t *x_strides, void *y, const int64_t *y_strides, const float *cosine, const float *sine,
-            int64_t angles, float sign, int64_t B, int64_t H, int64_t T, int64_t C, int dtype, int threads) {
+void rotate(const void *x, const int64_t *x_strides, void *y, const int64_t *y_strides, const float *cosine,
+            const float *sine, int64_t angles, float sign, int64_t B, int64_t H, int64_t T, int64_t C, int dtype,
+            int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t token = 0; token < B * T; token++) {
         int64_t b = token / T, t = token % T, at = b * angles + t * (C / 2);
@@ -95,7 +116,8 @@ void rotate(const void *x, const int64_t *x_strides, void *y, const int64_t *y_s
 
 enum { RUN = 4096 }; /* entries that a thread takes at once */
 
-INLINE void swiglu_run(const void *restrict gate, const void *restrict up, void *restrict y, int64_t first, int64_t last, const int dtype) {
+INLINE void swiglu_run(const void *restrict gate, const void *restrict up, void *restrict y, int64_t first,
+                       int64_t last, const int dtype) {
     for (int64_t i = first; i < last; i++) {
         float g = get(gate, i, dtype), silu = rounded(g / (1 + exponential(-g)), dtype);
         put(y, i, silu * get(up, i, dtype), dtype);
@@ -104,10 +126,12 @@ INLINE void swiglu_run(const void *restrict gate, const void *restrict up, void 
 
 void swiglu(const void *gate, const void *up, void *y, int64_t n, int dtype, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t first = 0; first < n; first += RUN) BY_DTYPE(swiglu_run(gate, up, y, first, MIN(first + RUN, n), DTYPE))
+    for (int64_t first = 0; first < n; first += RUN)
+        BY_DTYPE(swiglu_run(gate, up, y, first, MIN(first + RUN, n), DTYPE))
 }
 
-INLINE void swiglu_grad_run(const void *restrict dy, const void *restrict gate, const void *restrict up, void *restrict dgate, void *restrict dup, int64_t first, int64_t last, const int dtype) {
+INLINE void swiglu_grad_run(const void *restrict dy, const void *restrict gate, const void *restrict up,
+                            void *restrict dgate, void *restrict dup, int64_t first, int64_t last, const int dtype) {
     for (int64_t i = first; i < last; i++) {
         float g = get(gate, i, dtype), d = get(dy, i, dtype), share = 1 / (1 + exponential(-g));
         put(dup, i, rounded(g * share, dtype) * d, dtype);
@@ -115,7 +139,8 @@ INLINE void swiglu_grad_run(const void *restrict dy, const void *restrict gate, 
     }
 }
 
-void swiglu_grad(const void *dy, const void *gate, const void *up, void *dgate, void *dup, int64_t n, int dtype, int threads) {
+void swiglu_grad(const void *dy, const void *gate, const void *up, void *dgate, void *dup, int64_t n, int dtype,
+                 int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t first = 0; first < n; first += RUN)
         BY_DTYPE(swiglu_grad_run(dy, gate, up, dgate, dup, first, MIN(first + RUN, n), DTYPE))
@@ -128,8 +153,14 @@ INLINE float cross_entropy_row(void *row, int64_t V, int64_t target, int gradien
     int64_t i = 0;
     for (int j = 0; j < WIDE; j++) most[j] = -INFINITY;
     for (; i + WIDE <= V; i += WIDE)
-        for (int j = 0; j < WIDE; j++) { float v = get(row, i + j, dtype); most[j] = v > most[j] ? v : most[j]; }
-    for (; i < V; i++) { float v = get(row, i, dtype); largest = v > largest ? v : largest; }
+        for (int j = 0; j < WIDE; j++) {
+            float v = get(row, i + j, dtype);
+            most[j] = v > most[j] ? v : most[j];
+        }
+    for (; i < V; i++) {
+        float v = get(row, i, dtype);
+        largest = v > largest ? v : largest;
+    }
     for (int j = 0; j < WIDE; j++) largest = most[j] > largest ? most[j] : largest;
     for (i = 0; i + WIDE <= V; i += WIDE)
         for (int j = 0; j < WIDE; j++) sum[j] += exponential(get(row, i + j, dtype) - largest);
@@ -145,7 +176,8 @@ INLINE float cross_entropy_row(void *row, int64_t V, int64_t target, int gradien
 }
 
 /* The loss of each row, 0 where its target is negative; with `gradient` the logits become that of their loss. */
-void cross_entropy(void *logits, const int64_t *targets, float *losses, int64_t rows, int64_t V, int gradient, int dtype, int threads) {
+void cross_entropy(void *logits, const int64_t *targets, float *losses, int64_t rows, int64_t V, int gradient,
+                   int dtype, int threads) {
     int64_t bytes = dtype == F32 ? 4 : 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < rows; r++) {

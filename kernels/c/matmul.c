@@ -17,7 +17,9 @@ INLINE Vec add_product(Vec sum, Vec w, const float *x) { return _mm512_fmadd_ps(
 INLINE float total(Vec v) { return _mm512_reduce_add_ps(v); }
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef __m256 Vec;
-typedef struct { __m256 low, high; } Levels;
+typedef struct {
+    __m256 low, high;
+} Levels;
 enum { LANES = 8 };
 INLINE Levels levels_for(const float *wide) { return (Levels){_mm256_loadu_ps(wide), _mm256_loadu_ps(wide + 8)}; }
 INLINE Vec look_up(Levels table, const uint8_t *p) {
@@ -36,7 +38,9 @@ INLINE float total(Vec v) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 #else
-typedef struct { float lane[8]; } Vec;
+typedef struct {
+    float lane[8];
+} Vec;
 typedef const float *Levels;
 enum { LANES = 8 };
 INLINE Levels levels_for(const float *wide) { return wide; }
@@ -79,10 +83,10 @@ INLINE void product_wide(const Product *a, int64_t row, const float *scale, cons
             for (int i = 0; i < 16; i++) wide[r][i] = rounded(a->levels[i] * scale[r * units + u], a->dtype);
             table[r] = levels_for(wide[r]);
         }
-        for (int64_t k = u * a->unit; k < (u + 1) * a->unit; k += LANES)
-            UNROLL for (int r = 0; r < R; r++) {
+        for (int64_t k = u * a->unit; k < (u + 1) * a->unit; k += LANES) UNROLL for (int r = 0; r < R; r++) {
                 Vec w = look_up(table[r], a->packed + ((row + r) * K + k) / 2);
-                UNROLL for (int m = 0; m < M; m++) sum[r][m] = add_product(sum[r][m], w, (const float *)a->x + m * K + k);
+                UNROLL for (int m = 0; m < M; m++)
+                    sum[r][m] = add_product(sum[r][m], w, (const float *)a->x + m * K + k);
             }
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r * M + m] = total(sum[r][m]);
@@ -111,7 +115,8 @@ INLINE void product_bf16(const Product *a, int64_t row, const float *scale, cons
             }
         }
     }
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++) sums[r * M + m] = _mm512_reduce_add_ps(sum[r][m]);
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int m = 0; m < M; m++)
+        sums[r * M + m] = _mm512_reduce_add_ps(sum[r][m]);
 }
 #else
 enum { MULTIPLIES_BF16 = 0 };
@@ -123,14 +128,15 @@ int multiplies_bf16(void) { return MULTIPLIES_BF16; }
 /* A tile of R rows and M tokens, both constants to the compiler: the sums stay in registers. */
 static void tile(const Product *a, int64_t row, int rows, const float *scale, int M, float *sums) {
     int narrow = MULTIPLIES_BF16 && a->dtype == BF16;
-#define CASE(m, r)                                                \
-    if (M == m && rows == r) {                                    \
-        if (narrow) product_bf16(a, row, scale, m, r, sums);      \
-        else product_wide(a, row, scale, m, r, sums);             \
-        return;                                                   \
+#define CASE(m, r)                                           \
+    if (M == m && rows == r) {                               \
+        if (narrow) product_bf16(a, row, scale, m, r, sums); \
+        else product_wide(a, row, scale, m, r, sums);        \
+        return;                                              \
     }
-    CASE(1, 4) CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 3) CASE(6, 3) CASE(7, 3) CASE(8, 3)
-    CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(7, 1) CASE(8, 1)
+    CASE(1, 4)
+    CASE(2, 4) CASE(3, 4) CASE(4, 4) CASE(5, 3) CASE(6, 3) CASE(7, 3) CASE(8, 3) CASE(1, 1) CASE(2, 1) CASE(3, 1)
+        CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(7, 1) CASE(8, 1)
 #undef CASE
 }
 

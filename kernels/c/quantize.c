@@ -56,10 +56,13 @@ void encode(const void *weight, const float *scales, const Codebook *book, uint8
             int32_t code[PIECE + 1];
             int count = (int)MIN(PIECE, end - first);
             widen(w, weight, first, count, dtype);
-            if (whole) for (int i = 0; i < count; i++) w[i] *= reciprocal;
-            else for (int i = 0; i < count; i++) w[i] /= scale;
+            if (whole)
+                for (int i = 0; i < count; i++) w[i] *= reciprocal;
+            else
+                for (int i = 0; i < count; i++) w[i] /= scale;
             rank_levels(w, code, count, book->midpoints);
-            if (book->order) for (int i = 0; i < count; i++) code[i] = book->order[code[i]];
+            if (book->order)
+                for (int i = 0; i < count; i++) code[i] = book->order[code[i]];
             code[count] = zero_code; /* fills the last byte of an odd weight */
             uint8_t *to = packed + first / 2;
             for (int i = 0; i < (count + 1) / 2; i++) to[i] = (uint8_t)(code[2 * i] << 4 | code[2 * i + 1]);
