@@ -6,7 +6,9 @@ the seed, from which the mask is drawn again.
 M tokens, N outputs, K inputs, R rank.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -41,6 +43,29 @@ def config_of(codebook: str, block_size: int, double_quant: bool, nested_block_s
     return QuantConfig(codebook, block_size, double_quant, nested_block_size)
 
 
+class Values(threading.local):
+    needed = True
+
+
+values = Values()
+
+
+@contextmanager
+def values_unneeded() -> Iterator[None]:
+    """A time in which products of stored weights only keep what backward takes: their results are never read."""
+    before, values.needed = values.needed, False
+    try:
+        yield
+    finally:
+        values.needed = before
+
+
+def product(x: Tensor, q: QuantizedTensor, *others: Any) -> Tensor:
+    if not values.needed:
+        return x.new_empty(x.shape[0], q.shape[0])
+    return form("matmul", x.device, x, q)(x, q, *others)
+
+
 # dequantize
 
 
@@ -63,7 +88,7 @@ def _(*arguments: Any) -> Tensor:
 @torch.library.custom_op("qlora::nf4_linear", mutates_args=(), schema=f"(Tensor x, Tensor? bias, {Q}) -> Tensor")
 def linear(x: Tensor, bias: Tensor | None, *stored: Any) -> Tensor:
     q = whole(x.dtype, stored)
-    return form("matmul", x.device, x, q)(x, q, bias)
+    return product(x, q, bias)
 
 
 @linear.register_fake
@@ -127,7 +152,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     q = whole(x.dtype, stored)
     xa = form("project", x.device, x, a)(x, a, dropout, number(seed))
-    return form("matmul", x.device, x, q)(x, q, bias, xa, b, scaling), xa
+    return product(x, q, bias, xa, b, scaling), xa
 
 
 @lora_linear.register_fake

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from models.cache import Cache, LayerCache
 from models.config import LlamaConfig
 from models.linear import Linear
+from models.recompute import last_product, recomputed
 from models.rope import rotary_table
 
 
@@ -77,7 +77,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, D, bias)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+        h = kernels.swiglu(self.gate_proj(x), self.up_proj(x))  # (B, T, F)
+        with last_product():
+            return self.down_proj(h)
 
 
 class Block(nn.Module):
@@ -128,7 +130,7 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+                x = recomputed(layer, x, cos, sin, mask)
             else:
                 x = layer(x, cos, sin, mask, layer_cache)
         if cache is not None:
