@@ -24,7 +24,7 @@ from nf4.double_quant import Nested, check_finite, entry_midpoints, map_on, with
 from nf4.search import GRID, REFITS, candidate_table
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as common.h counts them
-FEW = 16  # tokens up to which decoding W on the way beats decoding it once
+FEW = 24  # tokens up to which decoding W on the way beats decoding it once
 
 
 def accepts_stored(q: QuantizedTensor, dtype: torch.dtype | None = None) -> bool:
