@@ -21,6 +21,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from kernels import reference
 from kernels.decode import STORED, block_scale, constants, decodable, decoded_scaled, places, stored, tile
 from kernels.epilogue import arrivals, arrive_last, split, sum_of_parts
 from kernels.launch import Launch, Shipped
@@ -68,7 +69,7 @@ def matmul_grad(
         dy if dxa is None else dxa.contiguous(),
         dy if lora_a is None else lora_a.contiguous(),
         seed or 0,
-        round(dropout * 2**16),
+        reference.threshold(dropout),
         1 / (1 - dropout),
         dx,
         partial,
@@ -79,14 +80,13 @@ def matmul_grad(
         R,
         parts,
         rounds,
-        EVEN=N % block_n == 0,
-        DROPOUT=R > 0 and dropout > 0,
-        BLOCK_R=rank_block(R),
-        SPLIT=parts > 1,
-        **fixed,
-        **LAUNCH.constants,
-        num_warps=LAUNCH.num_warps,
-        num_stages=LAUNCH.num_stages,
+        **LAUNCH.options(
+            EVEN=N % block_n == 0,
+            DROPOUT=R > 0 and dropout > 0,
+            BLOCK_R=rank_block(R),
+            SPLIT=parts > 1,
+            **fixed,
+        ),
     )
     return dx
 

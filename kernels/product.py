@@ -59,13 +59,7 @@ def launch_product(
         R,
         parts,
         rounds,
-        BIAS=bias is not None,
-        BLOCK_R=rank_block(R),
-        SPLIT=parts > 1,
-        **fixed,
-        **launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch.options(BIAS=bias is not None, BLOCK_R=rank_block(R), SPLIT=parts > 1, **fixed),
     )
     return y
 
