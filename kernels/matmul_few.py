@@ -15,6 +15,8 @@ the loop cost 6.3, as W then goes through shared memory; hiding from the compile
 keeps them in registers, gave 5.3 to 6.1. On sm_80 5.5 and 6.2.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from torch import Tensor
 from kernels.decode import block_scale, decodable, decoded, places, tile
 from kernels.epilogue import complete
 from kernels.launch import Launch, Shipped
-from kernels.product import launch_product, shipped_product
+from kernels.product import launch_product, launches, product_trial, shipped_product
 from nf4 import QuantizedTensor
 
 LIMIT = 32  # tokens
@@ -138,3 +140,13 @@ def shipped() -> list[Shipped]:
 
 
 INSTRUCTIONS = {16: {80: 5.6, 90: 5.5}, 32: {80: 6.3, 90: 5.7}}
+
+
+def candidates() -> dict[str, list[Launch]]:
+    """Launches worth timing for each row of the table."""
+    return {f"{tokens} tokens": launches((tokens,), (64, 128, 256)) for tokens in LAUNCHES}
+
+
+def trial(row: str, launch: Launch) -> Callable[[], Tensor]:
+    """A call that multiplies as many tokens so."""
+    return product_trial(few_kernel, launch, False, int(row.split()[0]))

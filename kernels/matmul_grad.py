@@ -13,6 +13,7 @@ a processor and one decodes while the other multiplies. The transposed product, 
 the way and takes 7.8 (7.6 with 32 tokens); 64x64x64 takes 7.9, 64x128x128 6.9 with one program a processor.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from kernels import reference
 from kernels.decode import STORED, block_scale, constants, decodable, decoded_scaled, places, stored, tile
 from kernels.epilogue import arrivals, arrive_last, split, sum_of_parts
 from kernels.launch import Launch, Shipped
-from kernels.product import TYPES, rank_block
+from kernels.product import TYPES, launches, operands, rank_block
 from nf4 import QuantConfig, QuantizedTensor
 
 LIMIT = 256  # tokens; beyond, decoding W once and a dense product should be faster: to be measured
@@ -47,14 +48,27 @@ def matmul_grad(
     dropout: float = 0.0,
     seed: int | None = None,
 ) -> Float[Tensor, "M K"]:
-    """(M, N) -> (M, K): dx = dy W + thinned(dxa A), where W = dequantize(q) is (N, K) and forward dropped the same."""
+    """(M, N) -> (M, K): dx = dy W + drop(dxa A), with the mask that forward put on x."""
+    return grad_by(LAUNCH, dy, q, dxa, lora_a, dropout, seed)
+
+
+def grad_by(
+    launch: Launch,
+    dy: Float[Tensor, "M N"],
+    q: QuantizedTensor,
+    dxa: Float[Tensor, "M R"] | None,
+    lora_a: Float[Tensor, "R K"] | None,
+    dropout: float,
+    seed: int | None,
+) -> Float[Tensor, "M K"]:
+    """The same as `launch` says."""
     (M, N), K = dy.shape, q.shape[1]
     dx = torch.empty(M, K, dtype=dy.dtype, device=dy.device)
     if not M:
         return dx
     dy = dy.contiguous()
     fixed = constants(q.config, dy.dtype, scaled=True)
-    group, block_m, block_n = fixed["GROUP"], LAUNCH.constants["BLOCK_M"], LAUNCH.constants["BLOCK_N"]
+    group, block_m, block_n = fixed["GROUP"], launch.constants["BLOCK_M"], launch.constants["BLOCK_N"]
     across, down = -(-M // block_m), K // group
     parts, rounds = split(across * down, -(-N // block_n), dy.device)
     partial, arrived = dx, dx  # not used in a single part
@@ -80,7 +94,7 @@ def matmul_grad(
         R,
         parts,
         rounds,
-        **LAUNCH.options(
+        **launch.options(
             EVEN=N % block_n == 0,
             DROPOUT=R > 0 and dropout > 0,
             BLOCK_R=rank_block(R),
@@ -256,3 +270,14 @@ def variant(dtype: torch.dtype, config: QuantConfig, full: bool, instructions: d
         weights_per_thread=block_n * fixed["GROUP"] / (32 * LAUNCH.num_warps) if instructions else None,
         instructions=instructions,
     )
+
+
+def candidates() -> dict[str, list[Launch]]:
+    """Launches worth timing."""
+    return {"128 tokens": launches((16, 32, 64, 128), (64, 128))}
+
+
+def trial(row: str, launch: Launch) -> Callable[[], Tensor]:
+    """A call that makes the gradient of as many tokens so."""
+    dy, q = operands(int(row.split()[0]))
+    return lambda: grad_by(launch, dy, q, None, None, 0.0, None)

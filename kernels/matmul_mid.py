@@ -15,6 +15,8 @@ neither is worth another launch. 128x256x64 with 8 warps takes 6.9 and decodes W
 processor's registers with one program and spills on sm_80.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +26,7 @@ from torch import Tensor
 from kernels.decode import block_scale, decodable, decoded_scaled, places, tile
 from kernels.epilogue import complete
 from kernels.launch import Launch, Shipped
-from kernels.product import launch_product, shipped_product
+from kernels.product import launch_product, launches, product_trial, shipped_product
 from nf4 import QuantizedTensor
 
 FEWEST, LIMIT = 33, 256  # tokens; beyond, decoding W once and a dense product should be faster: to be measured
@@ -127,3 +129,13 @@ def mid_kernel(
 def shipped() -> list[Shipped]:
     """What this file may launch."""
     return shipped_product("matmul_mid", mid_kernel, LAUNCH, True, {80: 10.5, 90: 6.8})
+
+
+def candidates() -> dict[str, list[Launch]]:
+    """Launches worth timing."""
+    return {"128 tokens": launches((32, 64, 128), (64, 128, 256))}
+
+
+def trial(row: str, launch: Launch) -> Callable[[], Tensor]:
+    """A call that multiplies as many tokens so."""
+    return product_trial(mid_kernel, launch, True, int(row.split()[0]))

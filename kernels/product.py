@@ -3,6 +3,7 @@
 M tokens, N outputs, K inputs, R rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.decode import STORED, constants, stored
+from kernels.dispatch import form
 from kernels.epilogue import arrivals, split
 from kernels.launch import Launch, Shipped
 from nf4 import QuantConfig, QuantizedTensor
@@ -62,6 +64,24 @@ def launch_product(
         **launch.options(BIAS=bias is not None, BLOCK_R=rank_block(R), SPLIT=parts > 1, **fixed),
     )
     return y
+
+
+def launches(tokens: tuple[int, ...], outputs: tuple[int, ...]) -> list[Launch]:
+    """Launches worth timing for tiles of these sizes."""
+    tiles = [{"BLOCK_M": m, "BLOCK_N": n} for m in tokens for n in outputs]
+    return [Launch(tile, warps, stages) for tile in tiles for warps in (4, 8) for stages in (2, 3, 4, 5)]
+
+
+def operands(M: int, device: str = "cuda") -> tuple[Float[Tensor, "M K"], QuantizedTensor]:
+    """Tokens and a stored weight as a 7B model has them, for timing."""
+    x = torch.randn(M, 4096, dtype=torch.bfloat16, device=device)
+    return x, form("quantize", x.device, x, QuantConfig())(torch.randn(4096, 4096, device=device), QuantConfig())
+
+
+def product_trial(kernel: Any, launch: Launch, scaled: bool, M: int) -> Callable[[], Tensor]:
+    """A call that multiplies M tokens so, for `benchmarks/tune.py`."""
+    x, q = operands(M)
+    return lambda: launch_product(kernel, launch, scaled, x, q, None, None, None, 1.0)
 
 
 def rank_block(R: int) -> int:

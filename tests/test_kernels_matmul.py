@@ -144,3 +144,15 @@ def test_each_form_accepts_its_tokens_in_16_bits_on_whole_words():
         assert form.accepts(x(tokens, torch.float16), q)
         assert not form.accepts(x(tokens, torch.float32), q)
         assert not form.accepts(x(tokens)[:, :48], odd)
+
+
+@pytest.mark.parametrize(
+    ("form", "kernel", "scaled"), [(matmul_few, "few_kernel", False), (matmul_mid, "mid_kernel", True)]
+)
+def test_every_launch_that_the_search_would_try_is_right(form, kernel, scaled):
+    tiles = {tuple(launch.constants.items()): launch for row in form.candidates().values() for launch in row}
+    q, x = weight(20, 128, QuantConfig()), normal(1, 5, 128, dtype=torch.bfloat16)
+    expected = form.matmul(x, q)
+    for launch in tiles.values():
+        ours = product.launch_product(getattr(form, kernel), launch, scaled, x, q, None, None, None, 1.0)
+        torch.testing.assert_close(ours, expected)

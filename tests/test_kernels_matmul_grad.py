@@ -175,3 +175,11 @@ def test_it_accepts_16_bits_on_whole_words_with_rows_of_32_bytes():
     assert not matmul_grad.accepts(dy(4, dtype=torch.float32), q)
     assert not matmul_grad.accepts(dy(4, 24), weight(24, 64, QuantConfig()))
     assert not matmul_grad.accepts(dy(4, 32), quantize(torch.zeros(32, 48)))
+
+
+def test_every_launch_that_the_search_would_try_is_right():
+    tiles = {tuple(each.constants.items()): each for row in matmul_grad.candidates().values() for each in row}
+    q, dy = weight(32, 128, QuantConfig()), normal(1, 5, 32, dtype=torch.bfloat16)
+    expected = matmul_grad.matmul_grad(dy, q)
+    for each in tiles.values():
+        torch.testing.assert_close(matmul_grad.grad_by(each, dy, q, None, None, 0.0, None), expected)
