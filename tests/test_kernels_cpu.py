@@ -59,6 +59,19 @@ def test_codes_and_scales_are_the_definitions(operators, weight, codebook, block
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def test_a_partial_block_is_divided_and_a_whole_one_multiplied(operators):
+    levels = nf4.codebook("nf4")
+    values = torch.cat([torch.ones(1), (levels[:-1] + levels[1:]) / 2])  # halfway, where the last bit decides
+    config, differ = QuantConfig(block_size=16, double_quant=False), 0
+    for scale in torch.rand(200, generator=torch.Generator().manual_seed(0)) + 0.5:
+        whole, partial = values * scale, (values * scale)[:15]
+        ours = [operators.quantize(weight, config).packed for weight in (whole, partial)]
+        assert torch.equal(ours[0], nf4.quantize(whole, config).packed)
+        assert torch.equal(ours[1], nf4.quantize(partial, config).packed)
+        differ += int(not torch.equal(ours[0][:7], ours[1][:7]))
+    assert differ > 10
+
+
 @settings(max_examples=60)
 @given(
     weight=weights(),
