@@ -69,11 +69,26 @@ static void pairs_of_channels(uint32_t *to, const uint16_t *from, int64_t stride
 
 /* (rows, C) to pairs of rows, (padded / 2, C): the right-hand side of a product over rows. */
 static void pairs_of_rows(uint32_t *to, const uint16_t *from, int64_t stride, int64_t rows, int64_t C, int64_t padded) {
-    for (int64_t t = 0; t < padded; t += 2)
-        for (int64_t c = 0; c < C; c++) {
-            uint32_t low = t < rows ? from[t * stride + c] : 0, high = t + 1 < rows ? from[(t + 1) * stride + c] : 0;
-            to[t / 2 * C + c] = low | high << 16;
+    for (int64_t t = 0; t < padded; t += 2, to += C)
+        for (int64_t c = 0; c < C; c += 16) {
+            const __m256i *first = (const __m256i *)(from + t * stride + c);
+            const __m256i *second = (const __m256i *)(from + (t + 1) * stride + c);
+            __m512i low = _mm512_setzero_si512(), high = low;
+            if (t < rows) low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first));
+            if (t + 1 < rows) high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(second)), 16);
+            _mm512_storeu_si512(to + c, _mm512_or_si512(low, high));
         }
+}
+
+/* The sum over C channels of a row's products, in float32. */
+static float inner_product(const uint16_t *a, const uint16_t *b, int64_t C) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t c = 0; c < C; c += 16) {
+        __m512i wide_a = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(a + c))), 16);
+        __m512i wide_b = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(b + c))), 16);
+        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(wide_a), _mm512_castsi512_ps(wide_b), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
 }
 
 /* e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2, and the series of e^r to its sixth power. */
@@ -207,8 +222,7 @@ int attention_grad(const View *q, const View *k, const View *v, const View *y, c
                         float logarithm = 0, inner = 0; /* the mean change of a row's scores, sum over c of dy y */
                         if (r < rows) {
                             logarithm = lse[(b * H + h) * T + first + r];
-                            for (int64_t c = 0; c < C; c++)
-                                inner += from_bf16(from[r * dy->t + c]) * from_bf16(result[r * y->t + c]);
+                            inner = inner_product(from + r * dy->t, result + r * y->t, C);
                         }
                         for (int64_t j = 0; j < width; j += 16) {
                             __mmask16 mask = r < rows ? seen(first + r, j) : 0;
