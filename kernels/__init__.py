@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from kernels import reference
+from kernels import ops, reference
 from kernels.attention import attention
 from kernels.dispatch import form
 from kernels.layer_ops import linear_cross_entropy, rms_norm, rotate, swiglu
@@ -34,4 +34,4 @@ def quantize(
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
     """The weight that is stored: level times scale in float32, then one rounding to `dtype`."""
-    return form("dequantize", q.device, q, dtype)(q, dtype)
+    return ops.dequantize(*ops.parts(q), dtype or q.dtype)

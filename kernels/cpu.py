@@ -89,7 +89,6 @@ def matmul(
     scaling: float = 1.0,
 ) -> Float[Tensor, "M N"]:
     """(M, K) -> (M, N): y = x W^T + bias + scaling xa B^T, where W = dequantize(q) is (N, K)."""
-    check_sizes(q)
     (M, K), N = x.shape, q.shape[0]
     c = loaded()
     narrow = x.dtype == torch.bfloat16 and c.multiplies_bf16()
@@ -102,7 +101,9 @@ def matmul(
         M, N, K, clipped(q.config.block_size, q.numel), unit(q), DTYPES[x.dtype], threads(),
     )  # fmt: skip
     check_memory(failed)
-    return y if xa is None or lora_b is None else y.addmm_(xa.to(x.dtype) * scaling, lora_b.to(x.dtype).T)
+    if xa is not None and lora_b is not None:
+        y.addmm_(xa.to(x.dtype), lora_b.to(x.dtype).T, alpha=scaling)
+    return y
 
 
 def drop(x: Float[Tensor, "..."], dropout: float, seed: int | None) -> Float[Tensor, "..."]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.dispatch import form
 from nf4 import QuantConfig, QuantizedTensor
+from nf4.blockwise import check_sizes
 
 Q = (
     "Tensor packed, Tensor? absmax, Tensor? absmax_codes, Tensor? nested_absmax, Tensor? absmax_offset, "
@@ -61,6 +62,7 @@ def values_unneeded() -> Iterator[None]:
 
 
 def product(x: Tensor, q: QuantizedTensor, *others: Any) -> Tensor:
+    check_sizes(q)
     if not values.needed:
         return x.new_empty(x.shape[0], q.shape[0])
     return form("matmul", x.device, x, q)(x, q, *others)

@@ -15,10 +15,12 @@ from torch import Tensor
 from nf4 import QuantizedTensor, dequantize, quantize
 
 __all__ = [
+    "attention",
     "dequantize",
     "drop",
     "dropout_mask",
     "dropout_seed",
+    "linear_cross_entropy",
     "matmul",
     "matmul_grad",
     "nf4_linear",
@@ -26,6 +28,9 @@ __all__ = [
     "project",
     "project_grad",
     "quantize",
+    "rms_norm",
+    "rotate",
+    "swiglu",
 ]
 
 
@@ -170,6 +175,16 @@ def check_linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> None:
         raise ValueError(f"x has {features} features per token but the weight takes {in_features}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"the bias has the shape {tuple(bias.shape)} but the weight gives {out_features} outputs")
+    check_devices(x, bias, *q.tensors().values())
+
+
+def check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """Refuse tensors of two devices: an operator reads them by their addresses."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"all tensors of an operator are on one device, but these are on {x.device} and {other.device}"
+            )
 
 
 def check_lora(
@@ -183,6 +198,7 @@ def check_lora(
         raise ValueError(
             f"lora_b is {tuple(lora_b.shape)} but the weight and lora_a take ({out_features}, {lora_a.shape[0]})"
         )
+    check_devices(x, lora_a, lora_b)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is the share of inputs set to zero and must be in [0, 1), not {dropout}")
 
@@ -196,9 +212,7 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-# The layers around the products.
-
-__all__ += ["attention", "linear_cross_entropy", "rms_norm", "rotate", "swiglu"]
+# The layers around the products
 
 
 def rms_norm(x: Float[Tensor, "..."], weight: Float[Tensor, "..."], eps: float) -> Float[Tensor, "..."]:
@@ -266,6 +280,7 @@ def check_norm(x: Tensor, weight: Tensor) -> None:
         raise ValueError(
             f"the norm's weight has one entry per feature, but it is {tuple(weight.shape)} and x is {tuple(x.shape)}"
         )
+    check_devices(x, weight)
 
 
 def check_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -277,6 +292,7 @@ def check_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> None:
             f"cos and sin of x {tuple(x.shape)} are ({B}, 1, {T}, {C // 2}) or have 1 for {B}, "
             f"not {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
+    check_devices(x, cos, sin)
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -286,6 +302,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
             "q is (B, H, T, C), k and v are (B, K, T, C) and K divides H, "
             f"but they are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
+    check_devices(q, k, v)
 
 
 def check_gate(gate: Tensor, up: Tensor) -> None:
@@ -294,6 +311,7 @@ def check_gate(gate: Tensor, up: Tensor) -> None:
             f"gate and up agree in shape and dtype, but they are {tuple(gate.shape)} {gate.dtype} "
             f"and {tuple(up.shape)} {up.dtype}"
         )
+    check_devices(gate, up)
 
 
 def check_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
@@ -307,6 +325,7 @@ def check_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reducti
         raise ValueError(f"hidden and weight have one dtype, but they are {hidden.dtype} and {weight.dtype}")
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction is "mean" or "none", not {reduction!r}')
+    check_devices(hidden, weight, targets)
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

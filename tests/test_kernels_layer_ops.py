@@ -339,3 +339,11 @@ def test_chunks_are_what_the_operator_uses(monkeypatch):
         run(kernels, "linear_cross_entropy", given), run(reference, "linear_cross_entropy", given), strict=True
     ):
         torch.testing.assert_close(our, their, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("operators", [kernels, reference])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_tensors_of_two_devices_are_refused_before_anything_reads_them(operators, operator):
+    first, second, *rest = arguments(operator)
+    with pytest.raises(ValueError, match="on one device, but these are on cpu and meta"):
+        getattr(operators, operator)(first, second.detach().to("meta"), *rest)
