@@ -134,7 +134,7 @@ def ours(setting: Setting) -> models.Llama:
             model.get_submodule(layer).weight = nn.Parameter(weight)
     lora = models.LoraConfig(rank=setting.rank, alpha=setting.alpha, dropout=setting.dropout)
     models.attach_lora(model, lora)
-    model.model.gradient_checkpointing = True
+    model.gradient_checkpointing = True
     return model
 
 

@@ -49,10 +49,8 @@ class EvalOptions:
 def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
     text = read_text(options.data, options.max_chars)
     model, tokenizer = load_target(options.target, options.load)
-    if options.window > model.config.max_position_embeddings:
-        raise ConfigError(
-            f"window is {options.window}, but {options.target} knows {model.config.max_position_embeddings} positions"
-        )
+    if model.max_tokens is not None and options.window > model.max_tokens:
+        raise ConfigError(f"window is {options.window}, but {options.target} knows {model.max_tokens} positions")
     ids = tokenizer.encode(text)
     result = perplexity(model, ids, options.window, options.limit, options.batch_size)
     error = "" if result.stderr is None else f" ± {result.stderr:.2f}"

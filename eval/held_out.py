@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models import Llama
+from models import Model
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class HeldOut:
 
 
 @torch.inference_mode()
-def held_out_loss(model: Llama, batches: Iterable[dict[str, Tensor]]) -> HeldOut:
+def held_out_loss(model: Model, batches: Iterable[dict[str, Tensor]]) -> HeldOut:
     """The mean over all label tokens of all batches, in evaluation mode; the mode is restored."""
     training = model.training
     model.eval()

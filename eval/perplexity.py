@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from eval.scoring import token_losses
-from models import DataError, Llama
+from models import DataError, Model
+from models.llama import causal
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class Perplexity:
 
 
 def perplexity(
-    model: Llama,
+    model: Model,
     ids: Sequence[int],
     window: int = 512,
     limit: int | None = None,
     batch_size: int = 4,
 ) -> Perplexity:
     """Perplexity of a tokenized text by the protocol `windows`; `limit` takes the first windows only."""
+    model = causal(model, "perplexity")
     if window < 2:
         raise ValueError(f"window is {window}; at least 2 tokens are needed to score one")
     if limit is not None and limit < 1:

@@ -1,4 +1,4 @@
-"""LLaMA, its adapters, checkpoints, tokenizers and generation."""
+"""LLaMA, T5 and RoBERTa, their adapters, checkpoints, tokenizers and generation."""
 
 from models.adapter import load_adapter, save_adapter
 from models.chat import render_chat
@@ -7,6 +7,7 @@ from models.errors import CheckpointError, ConfigError, DataError, NonFiniteErro
 from models.generate import Sampling, generate, stream
 from models.llama import Llama
 from models.lora import LoraConfig, attach_lora, merge_adapter
+from models.model import Model
 from models.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from models.writer import save
 
@@ -16,6 +17,7 @@ __all__ = [
     "DataError",
     "Llama",
     "LoraConfig",
+    "Model",
     "NonFiniteError",
     "Refusal",
     "Sampling",

@@ -101,7 +101,7 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
     assert isinstance(config, LoraConfig)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": getattr(model, "task_type", None),
         "base_model_name_or_path": None,
         "inference_mode": True,
         "bias": "none",

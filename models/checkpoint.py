@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import kernels
 import nf4
-from models.config import llama_config
+from models.architectures import build
 from models.errors import CheckpointError
 from models.gguf_layout import open_gguf
 from models.linear import Linear, NF4Linear
-from models.llama import Llama
 from models.meta_layout import open_meta
-from models.readers import Reader, SafetensorsReader, TorchReader, open_files, read_json
+from models.model import Model
+from models.readers import Reader, RenamedReader, SafetensorsReader, TorchReader, open_files, read_json
 from nf4 import QuantConfig, QuantizedTensor
 
 
@@ -34,40 +34,45 @@ def load(
     device: str | torch.device = "cpu",
     head: str | None = None,
     num_labels: int | None = None,
-) -> Llama:
+) -> Model:
     """A model in evaluation mode from a directory or file in any known layout.
 
     With `quant`, block linears are stored in 4 bits; a checkpoint that is already quantized loads as it is.
-    `head` is "lm" or, by default, what the checkpoint holds; `num_labels` is for classification heads.
+    `head` is "lm", "mlm", "classification" or "regression", by default what the checkpoint holds; `num_labels` is
+    for classification heads.
     """
     raw, reader, where = open_checkpoint(path)
-    if head not in (None, "lm") or num_labels is not None:
-        raise ValueError(f"{where}: a LLaMA checkpoint has a language-model head; head={head!r} does not fit")
-    model = skeleton(raw, where)
+    model = skeleton(raw, where, reader, head, num_labels)
     for name, value, _ in stream(model, reader, quant, dtype, torch.device(device)):
         place(model, name, value)
+    model.source = Path(path)
     return model.eval()
 
 
-def skeleton(raw: dict[str, Any], where: str) -> Llama:
+def skeleton(
+    raw: dict[str, Any], where: str, reader: Reader, head: str | None = None, num_labels: int | None = None
+) -> Model:
     """The model that a config describes, with shapes and names but no memory."""
-    kind = raw.get("model_type")
-    if kind != "llama":
-        raise CheckpointError(f"{where}: architecture {kind!r} is not known; llama is")
     with torch.device("meta"):
-        return Llama(llama_config(raw, where))
+        return build(raw, where, reader.shapes, head, num_labels)
 
 
 def stream(
-    model: Llama, reader: Reader, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
+    model: Model, reader: Reader, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor | QuantizedTensor, Tensor | None]]:
     """Every parameter of the model as (name, what to store, the dense weight if it was quantized here)."""
+    reader = RenamedReader(reader, model.parameter_named)
     stored = stored_in_4_bits(reader)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
-    check_names(expected, linears, reader, stored)
+    absent = {name: model.initial(name, shape) for name, shape in expected.items() if name not in reader.shapes}
+    fresh = {name: value for name, value in absent.items() if value is not None}
+    check_names({n: shape for n, shape in expected.items() if n not in fresh}, linears, reader, stored)
     for name, shape in expected.items():
         try:
+            if name in fresh:
+                yield name, fresh[name].to(device, dtype), None
+                continue
             if name in stored:
                 yield name, read_stored(name, shape, reader, stored[name], quant).to(device), None
                 continue
@@ -85,7 +90,7 @@ def stream(
             raise CheckpointError(f"{reader.where(name)}: {error}") from error
 
 
-def place(model: Llama, name: str, value: Tensor | QuantizedTensor) -> None:
+def place(model: Model, name: str, value: Tensor | QuantizedTensor) -> None:
     """Put a parameter into the model; a quantized weight brings the layer that can use it."""
     owner, leaf = name.rpartition(".")[::2]
     module = model.get_submodule(owner)
@@ -153,21 +158,13 @@ def read_stored(
     return q
 
 
-IGNORED = ("rotary_emb.inv_freq",)  # a table that old files carry; it follows from the config
-
-
 def check_names(
     expected: dict[str, tuple[int, ...]], linears: set[str], reader: Reader, stored: dict[str, list[str]]
 ) -> None:
     """Refuse a checkpoint that lacks tensors, has others, or has them in other shapes: all in one message."""
     parts = {part for group in stored.values() for part in group}
-    tied = {"lm_head.weight"} - expected.keys()  # some files repeat the embedding as the head
     missing = [name for name in expected if name not in reader.shapes]
-    unexpected = [
-        name
-        for name in reader.shapes
-        if name not in expected and name not in parts | tied and not name.endswith(IGNORED)
-    ]
+    unexpected = [name for name in reader.shapes if name not in expected and name not in parts]
     unexpected += [name for name in stored if name in expected and name not in linears]
     misshapen = [
         f"{name} {list(reader.shapes[name])}, expected {list(shape)}"

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from models.llama import Llama
+from models.llama import causal
+from models.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Sampling:
 
 
 def generate(
-    model: Llama,
+    model: Model,
     input_ids: Int[Tensor, "B T"],
     attention_mask: Tensor | None = None,
     *,
@@ -84,7 +85,7 @@ def generate(
 
 @torch.inference_mode()
 def stream(
-    model: Llama,
+    model: Model,
     input_ids: Int[Tensor, "B T"],
     attention_mask: Tensor | None = None,
     *,
@@ -103,12 +104,13 @@ def stream(
     if attention_mask is not None and not bool(attention_mask.bool().all()):
         input_ids, mask = pad_left(input_ids, attention_mask)
 
-    cache = model.new_cache(B, T + max_new_tokens)
+    llama = causal(model, "generation")
+    cache = llama.new_cache(B, T + max_new_tokens)
     seen = seen_tokens(model, input_ids, mask) if sampling.repetition_penalty != 1.0 else None
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     step = input_ids
     for _ in range(max_new_tokens):
-        logits = model.head(model.model(step, mask, cache)[:, -1]).float()  # (B, V)
+        logits = llama.head(llama.model(step, mask, cache)[:, -1]).float()  # (B, V)
         chosen = choose(logits, sampling, seen, generator)
         chosen = torch.where(done, pad, chosen)
         if seen is not None:
@@ -147,7 +149,7 @@ def choose(
 
 
 def check_prompts(
-    model: Llama, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None, max_new_tokens: int
+    model: Model, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None, max_new_tokens: int
 ) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
@@ -165,7 +167,7 @@ def check_prompts(
             raise ValueError("a row of attention_mask is all zero: its prompt is empty")
 
 
-def stop_ids(model: Llama, eos_token_id: int | Sequence[int] | None) -> set[int]:
+def stop_ids(model: Model, eos_token_id: int | Sequence[int] | None) -> set[int]:
     """The ids that end a text."""
     if eos_token_id is None:
         return set(model.config.eos_token_id)
@@ -173,7 +175,7 @@ def stop_ids(model: Llama, eos_token_id: int | Sequence[int] | None) -> set[int]
     return given - {-1}
 
 
-def pad_id(model: Llama, stops: set[int]) -> int:
+def pad_id(model: Model, stops: set[int]) -> int:
     """What fills a row that has stopped: the checkpoint's pad id, else a stop id, else 0."""
     pad = model.config.pad_token_id
     return pad if pad is not None and pad >= 0 else min(stops, default=0)
@@ -194,7 +196,7 @@ def pad_left(input_ids: Int[Tensor, "B T"], attention_mask: Tensor) -> tuple[Int
     return ids, mask.long()
 
 
-def seen_tokens(model: Llama, input_ids: Int[Tensor, "B T"], mask: Tensor | None) -> Tensor:
+def seen_tokens(model: Model, input_ids: Int[Tensor, "B T"], mask: Tensor | None) -> Tensor:
     """(B, V) bool: the tokens that a row's prompt holds, padding aside."""
     seen = torch.zeros(input_ids.shape[0], model.config.vocab_size, dtype=torch.long, device=input_ids.device)
     present = torch.ones_like(input_ids) if mask is None else mask

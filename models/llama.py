@@ -5,6 +5,9 @@ C channels per head, V vocabulary. Modules carry the names of the released check
 plain copy.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -12,8 +15,10 @@ from torch import Tensor, nn
 
 import kernels
 from models.cache import Cache, LayerCache
-from models.config import LlamaConfig
+from models.config import LlamaConfig, llama_config
+from models.errors import ConfigError
 from models.linear import Linear
+from models.model import Model, Stack
 from models.recompute import last_product, recomputed
 from models.rope import rotary_table
 
@@ -104,13 +109,12 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class Decoder(Stack):
     """Embedding, blocks and the last norm: what the released names call `model`."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -138,12 +142,14 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class Llama(nn.Module):
+class Llama(Model):
     """The decoder with its language-model head, which may be the embedding itself."""
+
+    task_type = "CAUSAL_LM"
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: LlamaConfig = config
         self.model = Decoder(config)
         head = not config.tie_word_embeddings
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if head else None
@@ -196,18 +202,39 @@ class Llama(nn.Module):
         return int((labels[:, 1:] != -100).sum())
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What activations are computed in."""
-        return self.model.embed_tokens.weight.dtype
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
 
     @property
-    def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+    def max_tokens(self) -> int:
+        return self.config.max_position_embeddings
+
+    def parameter_named(self, name: str) -> str | None:
+        if name.endswith("rotary_emb.inv_freq"):  # a table that old files carry; it follows from the config
+            return None
+        tied = name == "lm_head.weight" and self.lm_head is None
+        return "model.embed_tokens.weight" if tied else name
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Room for the keys and values of `max_length` tokens in every layer."""
         shape = (batch_size, self.config.num_key_value_heads, max_length, self.config.head_dim)
         return Cache([LayerCache(shape, self.dtype, self.device) for _ in self.model.layers])
+
+
+def build_llama(
+    raw: dict[str, Any], where: str, tensors: Collection[str], head: str | None, num_labels: int | None
+) -> Llama:
+    """The model of a config.json; it has a language-model head and no other."""
+    if head not in (None, "lm") or num_labels is not None:
+        raise ValueError(f"{where}: a LLaMA checkpoint has a language-model head; head={head!r} does not fit")
+    return Llama(llama_config(raw, where))
+
+
+def causal(model: Model, task: str) -> Llama:
+    """The model as a LLaMA, for a task that only a decoder of one text can do."""
+    if not isinstance(model, Llama):
+        raise ConfigError(f"{task} needs a causal language model (LLaMA), but this one is {type(model).__name__}")
+    return model
 
 
 def positions_and_mask(

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from models.linear import AdaptableLinear, Linear
 
@@ -74,11 +75,15 @@ def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
 def merge_adapter(model: nn.Module) -> None:
     """Replace every adapted layer by a dense one: base + scaling B A in float32, then the model's dtype."""
     for name, layer in list(adapted_layers(model)):
-        assert layer.lora_A is not None
-        assert layer.lora_B is not None
-        delta = layer.lora_B.weight.float() @ layer.lora_A.weight.float()
-        merged = layer.dense_weight().float() + layer.scaling * delta
-        model.set_submodule(name, Linear.from_weight(merged.to(layer.dtype), layer.bias))
+        dense = merged(layer.dense_weight(), layer).to(layer.dtype)
+        model.set_submodule(name, Linear.from_weight(dense, layer.bias))
+
+
+def merged(base: Float[Tensor, "N K"], layer: AdaptableLinear) -> Float[Tensor, "N K"]:
+    """The weight, in float32, that on its own does what `base` and the layer's adapter do together."""
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
+    return base.float() + layer.scaling * (layer.lora_B.weight.float() @ layer.lora_A.weight.float())
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptableLinear]]:

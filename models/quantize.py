@@ -88,7 +88,7 @@ def quantize_checkpoint(
 ) -> list[LayerReport]:
     """Write `out` from `src`; a failure on the way leaves nothing behind."""
     raw, reader, where = open_checkpoint(src)
-    model = skeleton(raw, where)
+    model = skeleton(raw, where, reader)
     layers = []
     with CheckpointWriter(out) as writer:
         for name, value, weight in stream(model, reader, quant, dtype, device):

@@ -8,6 +8,7 @@ point of streaming is that only the quantized model grows. Nothing here runs cod
 import json
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -124,6 +125,37 @@ class ShardedReader:
 
     def where(self, name: str) -> str:
         return self.owner[name].where(name)
+
+
+class RenamedReader:
+    """Another reader's tensors under the names of a model's parameters.
+
+    `rename` gives the parameter that a tensor is for, or None for one to leave out. Of several tensors for one
+    parameter, which are copies of each other, the one that has its name is read.
+    """
+
+    def __init__(self, reader: Reader, rename: Callable[[str], str | None]) -> None:
+        self.reader = reader
+        self.released_dtype = reader.released_dtype
+        self.theirs: dict[str, str] = {}
+        for name in reader.shapes:
+            ours = rename(name)
+            if ours is None:
+                continue
+            other = self.theirs.get(ours, name)
+            if reader.shapes[other] != reader.shapes[name]:
+                raise CheckpointError(
+                    f"{reader.where(name)}: {name} is {list(reader.shapes[name])} but its copy {other} "
+                    f"{list(reader.shapes[other])}"
+                )
+            self.theirs[ours] = name if name == ours else other
+        self.shapes = {ours: reader.shapes[name] for ours, name in self.theirs.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.reader.read(self.theirs[name])
+
+    def where(self, name: str) -> str:
+        return self.reader.where(self.theirs[name])
 
 
 def open_files(directory: Path) -> Reader:

@@ -8,7 +8,7 @@ from models.adapter import load_adapter
 from models.checkpoint import load
 from models.device import pick_device, pick_dtype
 from models.errors import CheckpointError
-from models.llama import Llama
+from models.model import Model
 from models.tokenizer import Tokenizer, load_tokenizer
 from nf4 import QuantConfig
 
@@ -29,7 +29,7 @@ class LoadOptions:
     """auto, cpu, cuda, cuda:1, ..."""
 
 
-def load_target(target: str | Path, options: LoadOptions = LoadOptions()) -> tuple[Llama, Tokenizer]:
+def load_target(target: str | Path, options: LoadOptions = LoadOptions()) -> tuple[Model, Tokenizer]:
     """The model and tokenizer that a path names, with the run's base, format and adapter if it is a run."""
     target = Path(target)
     base, adapter, quantize, quant = target, options.adapter, options.quantize, options.quant

@@ -18,13 +18,13 @@ from torch import Tensor
 import nf4
 from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
-from models.llama import Llama
+from models.model import Model
 from nf4 import QuantConfig, QuantizedTensor
 
 SHARD_BYTES = 4 * 2**30
 
 
-def save(model: Llama, directory: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+def save(model: Model, directory: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model in the released names; quantized layers as bitsandbytes would save them."""
     adapted = [name for name, m in model.named_modules() if isinstance(m, AdaptableLinear) and m.lora_A]
     if adapted:

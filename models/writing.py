@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from models.chat import render_chat
 from models.errors import ConfigError
 from models.generate import Sampling, stream
-from models.llama import Llama
+from models.model import Model
 from models.target import LoadOptions, load_target
 from models.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ def chat_command(options: ChatOptions, console: "Console") -> dict[str, Any]:
 
 
 def answer(
-    model: Llama,
+    model: Model,
     tokenizer: Tokenizer,
     ids: list[int],
     max_new_tokens: int,

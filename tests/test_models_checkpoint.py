@@ -68,7 +68,7 @@ def test_only_one_tensor_is_read_at_a_time():
     read = []
     original = reader.read
     reader.read = lambda name: read.append(name) or original(name)
-    model = models.checkpoint.skeleton(raw, where)
+    model = models.checkpoint.skeleton(raw, where, reader)
     pieces = stream(model, reader, nf4.QuantConfig(), torch.float32, torch.device("cpu"))
     for count, (name, _, _) in enumerate(pieces, 1):
         assert len(read) == count

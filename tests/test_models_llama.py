@@ -92,7 +92,7 @@ def test_checkpointed_gradients_are_the_same(small):
     small.loss(input_ids=ids, labels=ids).backward()
     plain = [p.grad.clone() for p in small.parameters()]
     small.zero_grad()
-    small.model.gradient_checkpointing = True
+    small.gradient_checkpointing = True
     small.loss(input_ids=ids, labels=ids).backward()
     for before, parameter in zip(plain, small.parameters(), strict=True):
         assert torch.equal(before, parameter.grad)

@@ -30,9 +30,9 @@ def gradients(path, checkpointing, rank, monkeypatch):
             if "lora_B" in name:
                 torch.nn.init.normal_(p)
     else:
-        model.model.norm.requires_grad_(True)
+        model.get_submodule("model.norm").requires_grad_(True)
     model.train()
-    model.model.gradient_checkpointing = checkpointing
+    model.gradient_checkpointing = checkpointing
     made = Counter()
     form = ops.form
     monkeypatch.setattr(ops, "form", lambda operator, *rest: made.update([operator]) or form(operator, *rest))

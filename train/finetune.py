@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from eval.held_out import held_out_loss
 from models import ConfigError, Llama, attach_lora, load, save_adapter
 from models.device import pick_device, pick_dtype
+from models.llama import causal
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.batches import Batches
 from train.data import Dataset, load_data, padding_id, preview
@@ -79,19 +80,19 @@ def prepare(config: RunConfig) -> Finetuning:
     with run:
         run.write_data(data.manifest, preview(data.train, tokenizer))
         quant = config.quant if config.quantize else None
-        model = load(config.model, quant, pick_dtype(config.dtype, device), device)
+        model = causal(load(config.model, quant, pick_dtype(config.dtype, device), device), "training on responses")
         longest = max(len(e.input_ids) for e in [*data.train, *data.held_out])
-        if longest > model.config.max_position_embeddings:
+        if longest > model.max_tokens:
             raise ConfigError(
-                f"data: the longest example has {longest} tokens, but the model knows "
-                f"{model.config.max_position_embeddings} positions; set data.max_len"
+                f"data: the longest example has {longest} tokens, but the model knows {model.max_tokens} "
+                "positions; set data.max_len"
             )
         seed_everything(config.seed)
         try:
             attach_lora(model, config.lora)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        model.model.gradient_checkpointing = config.gradient_checkpointing
+        model.gradient_checkpointing = config.gradient_checkpointing
     return Finetuning(config, model, tokenizer, data, run)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models import Llama
+from models import Model
 from models.linear import NF4Linear
 
 
@@ -23,7 +23,7 @@ class Footprint:
     optimizer: int
 
 
-def footprint(model: Llama, states_per_parameter: int = 2) -> Footprint:
+def footprint(model: Model, states_per_parameter: int = 2) -> Footprint:
     """Count the bytes of a model with adapters; Adam keeps two states for each trained parameter."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     stored = [layer.quantized for layer in layers]

@@ -1,0 +1,94 @@
+"""What LLaMA, T5 and RoBERTa have in common, so that loading, training and saving are written once.
+
+A model's parameters carry the names of the released checkpoints. Which of its layers can be stored in 4 bits and
+carry adapters is said by their class: `models.linear.Linear` for those of the blocks, torch's own modules for
+embeddings, norms and heads, which stay in 16 bits.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Config(Protocol):
+    """What every model's configuration can be asked."""
+
+    vocab_size: int
+    pad_token_id: int | None
+    eos_token_id: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json in the released field names."""
+        ...
+
+
+class Model(nn.Module):
+    """A network with one embedding of tokens, and the contract that the three architectures keep."""
+
+    config: Any
+    """Sizes and switches, a `Config`."""
+    source: Path | None = None
+    """The checkpoint that it was loaded from."""
+    task_type: str | None = None
+    """What PEFT calls the model's task, in the adapters that are saved of it."""
+
+    def loss(self, *, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Float[Tensor, ""]:
+        """Mean over the labels that are not -100, in float32."""
+        raise NotImplementedError
+
+    @staticmethod
+    def label_count(labels: Tensor) -> int:
+        """How many labels `loss` averages over."""
+        return int((labels != -100).sum())
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The table of tokens, from which device and compute dtype are read."""
+        raise NotImplementedError
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest input; None where positions are relative and nothing but memory is in the way."""
+        return None
+
+    def parameter_named(self, name: str) -> str | None:
+        """The parameter that a tensor of a released file is for; None for one that the config already tells.
+
+        A copy of another parameter, as files hold of tied embeddings, has the name of the one that is copied.
+        """
+        return name
+
+    def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """What a parameter starts from that the checkpoint lacks; None: it must be there."""
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in."""
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Do blocks keep only their input for backward, and compute the rest again? Setting it asks them to."""
+        return any(stack.gradient_checkpointing for stack in self.modules() if isinstance(stack, Stack))
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        for stack in self.modules():
+            if isinstance(stack, Stack):
+                stack.gradient_checkpointing = on
+
+
+class Stack(nn.Module):
+    """A run of blocks, one after the other: what gradient checkpointing cuts at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
