@@ -23,6 +23,7 @@ VERBS = {
     "doctor": Verb("kernels.doctor", "DoctorOptions", "command", "what this machine has, with a self-test"),
     "quantize": Verb("models.quantize", "QuantizeOptions", "command", "raw checkpoint to NF4 safetensors"),
     "train": Verb("train.finetune", "TrainOptions", "command", "fine-tune adapters on a quantized base"),
+    "export": Verb("models.export", "ExportOptions", "command", "adapter, 4-bit checkpoint or GGUF for other tools"),
     "generate": Verb("models.writing", "GenerateOptions", "generate_command", "write on from a prompt"),
     "chat": Verb("models.writing", "ChatOptions", "chat_command", "talk with a model or a run"),
     "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),

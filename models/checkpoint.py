@@ -5,6 +5,10 @@ any is read, so that a wrong or half-fetched checkpoint is refused at once and w
 memory is the loaded (quantized) model plus a few copies of the largest tensor.
 
 What is quantized: the linear layers of the blocks. Embeddings, norms and the head keep 16 bits (`dtype`).
+
+A checkpoint may be in 4 bits already. What its tensors say counts, layer by layer: a weight with a
+`quant_state` is taken as it is, any other is dense and stays dense, whatever config.json says of either. Only
+the dtype is the caller's: codes decode to it. config.json just has to name a method that is read here.
 """
 
 from collections.abc import Iterator
@@ -23,8 +27,11 @@ from models.gguf_layout import open_gguf
 from models.linear import Linear, NF4Linear
 from models.meta_layout import open_meta
 from models.model import Model
+from models.quantized_files import refuse_other_methods
 from models.readers import Reader, RenamedReader, SafetensorsReader, TorchReader, open_files, read_json
 from nf4 import QuantConfig, QuantizedTensor
+
+DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load(
@@ -53,6 +60,7 @@ def skeleton(
     raw: dict[str, Any], where: str, reader: Reader, head: str | None = None, num_labels: int | None = None
 ) -> Model:
     """The model that a config describes, with shapes and names but no memory."""
+    refuse_other_methods(raw, where, reader.shapes)
     with torch.device("meta"):
         return build(raw, where, reader.shapes, head, num_labels)
 
@@ -74,10 +82,11 @@ def stream(
                 yield name, fresh[name].to(device, dtype), None
                 continue
             if name in stored:
-                yield name, read_stored(name, shape, reader, stored[name], quant).to(device), None
+                q = read_stored(name, shape, reader, stored[name], quant)
+                yield name, replace(q, dtype=dtype).to(device), None
                 continue
-            weight = reader.read(name).to(device)
-            if name in linears and quant is not None:
+            weight = read_dense(name, reader).to(device)
+            if name in linears and quant is not None and not stored:
                 weight = weight.to(reader.released_dtype or dtype)
                 yield name, replace(kernels.quantize(weight, quant, name=name), dtype=dtype), weight
             else:
@@ -153,9 +162,18 @@ def read_stored(
     q = nf4.from_state_dict({part: reader.read(part) for part in parts}, name)
     if q.shape != shape:
         raise ValueError(f"{name} is {list(q.shape)} in its 4-bit record but the config asks for {list(shape)}")
-    if quant is not None and q.config != quant:
+    if quant is not None and q.config != replace(quant, scale=q.config.scale):  # no file says how scales were chosen
         raise ValueError(f"{name} is already quantized, as {q.config}; load it without asking for {quant}")
     return q
+
+
+def read_dense(name: str, reader: Reader) -> Tensor:
+    """A weight that is not in 4 bits; anything but plain floating-point numbers is refused."""
+    weight = reader.read(name)
+    if weight.dtype not in DENSE_DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DENSE_DTYPES)
+        raise ValueError(f"{name} is stored as {weight.dtype}; weights are {known}, or 4 bits with a quant_state")
+    return weight
 
 
 def check_names(

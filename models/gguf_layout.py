@@ -30,6 +30,7 @@ NAMES = (
     (r"blk\.(\d+)\.ffn_up\.(.*)", r"model.layers.\1.mlp.up_proj.\2"),
     (r"blk\.(\d+)\.ffn_down\.(.*)", r"model.layers.\1.mlp.down_proj.\2"),
 )
+STOP_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # ends of a text, of a turn, of a message
 ROPE_FACTORS = "rope_freqs.weight"  # llama3 scaling, as the divisor of each frequency
 
 
@@ -74,7 +75,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], GgufReader]:
     width, heads = int(need("embedding_length")), int(need("attention.head_count"))
     kv_heads = int(meta.get("llama.attention.head_count_kv", heads))
     head_dim = int(meta.get("llama.attention.key_length", meta.get("llama.rope.dimension_count", width // heads)))
-    eos = [meta[f"tokenizer.ggml.{k}"] for k in ("eos_token_id", "eot_token_id") if f"tokenizer.ggml.{k}" in meta]
+    eos = [meta[f"tokenizer.ggml.{k}"] for k in STOP_IDS if f"tokenizer.ggml.{k}" in meta]
     config: dict[str, Any] = {
         "model_type": "llama",
         "vocab_size": tensors["token_embd.weight"].shape[0],
@@ -113,7 +114,8 @@ def gguf_rope_scaling(header: GgufHeader, config: dict[str, Any]) -> dict[str, A
 
     divisors = header.read(ROPE_FACTORS).flatten()
     plain = inverse_frequencies(llama_config(config, str(path)), divisors.device)
-    for original in (8192, 4096, 2048, 16384, 1024, 512, 256, 128, 64):
+    told = meta.get("llama.rope.scaling.original_context_length", 8192)
+    for original in (told, 8192, 4096, 2048, 16384, 1024, 512, 256, 128, 64):
         guess = RopeScaling(rope_type="llama3", factor=float(divisors.max()), original_max_position_embeddings=original)
         scaled = inverse_frequencies(llama_config({**config, "rope_scaling": vars(guess)}, str(path)), divisors.device)
         if divisors.shape == plain.shape and torch.allclose(plain / divisors, scaled, rtol=1e-3):
@@ -127,3 +129,16 @@ def released_name(name: str) -> str:
         if match is not None:
             return match.expand(released)
     return name  # unknown: reported under its own name
+
+
+def gguf_name(name: str) -> str:
+    """What a GGUF calls a parameter: the inverse of `released_name`."""
+    for theirs, released in NAMES:
+        groups = re.findall(r"\(.*?\)", theirs)
+        pattern, template = re.escape(released), theirs.replace("\\.", ".")
+        for i, group in enumerate(groups, 1):
+            pattern, template = pattern.replace(f"\\\\{i}", group), template.replace(group, f"\\{i}", 1)
+        match = re.fullmatch(pattern, name)
+        if match is not None:
+            return match.expand(template)
+    raise ValueError(f"{name} has no name in a GGUF of the llama architecture")

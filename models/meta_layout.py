@@ -155,3 +155,8 @@ def check_part_count(reader: MetaReader, dim: int, where: Path) -> None:
 def half_rotation_order(rows: Tensor, heads: int) -> Tensor:
     """Rows (or biases) of a projection from interleaved to half-rotation order, head by head."""
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def interleaved_order(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of `half_rotation_order`."""
+    return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

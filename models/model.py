@@ -34,6 +34,10 @@ class Model(nn.Module):
     """The checkpoint that it was loaded from."""
     task_type: str | None = None
     """What PEFT calls the model's task, in the adapters that are saved of it."""
+    heads: tuple[str, ...] = ("lm_head",)
+    """Layers that other readers build as the head, dense in 4-bit files even where it is the embedding itself."""
+    always_dense: tuple[str, ...] = ()
+    """Leaf names of block linears that other readers of 4-bit files never take in 4 bits."""
 
     def loss(self, *, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Float[Tensor, ""]:
         """Mean over the labels that are not -100, in float32."""

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tyro.conf import Positional
 
 import nf4
 from models.checkpoint import open_checkpoint, skeleton, stream
 from models.device import pick_device, pick_dtype
-from models.errors import ConfigError
+from models.errors import CheckpointError, ConfigError
+from models.model import Model
 from models.tokenizer import load_tokenizer, save_tokenizer
-from models.writer import CheckpointWriter
+from models.writer import CheckpointWriter, leaf, quantization_config, unknown_to_others
 from nf4 import QuantConfig, QuantizedTensor
 
 if TYPE_CHECKING:
@@ -82,29 +84,48 @@ def command(options: QuantizeOptions, console: "Console") -> dict[str, Any]:
 def quantize_checkpoint(
     src: str | Path,
     out: str | Path,
-    quant: QuantConfig = QuantConfig(),
+    quant: QuantConfig | None = QuantConfig(),
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device = torch.device("cpu"),
+    for_others: bool = False,
 ) -> list[LayerReport]:
-    """Write `out` from `src`; a failure on the way leaves nothing behind."""
+    """Write `out` from `src`; a failure on the way leaves nothing behind.
+
+    Without `quant` the source must be in 4 bits already, and keeps its codes. `for_others` keeps those layers dense
+    that no other reader takes in 4 bits, and refuses formats that only we know.
+    """
+    tokenizer = load_tokenizer(src)
     raw, reader, where = open_checkpoint(src)
     model = skeleton(raw, where, reader)
-    layers = []
+    layers, quantized = [], {}
     with CheckpointWriter(out) as writer:
         for name, value, weight in stream(model, reader, quant, dtype, device):
-            writer.add(name, value)
-            if isinstance(value, QuantizedTensor) and weight is not None:
-                loss = nf4.error(weight, value)
-                layers.append(
-                    LayerReport(
-                        name,
-                        value.shape,
-                        value.bits_per_weight,
-                        loss.relative,
-                        loss.snr_db,
-                        loss.max,
-                    )
-                )
-        writer.finish(model.config.to_dict(), str(dtype), quant)
-    save_tokenizer(load_tokenizer(src), out)
+            stored: Tensor | QuantizedTensor = value
+            if isinstance(value, QuantizedTensor) and for_others:
+                stored = readable(name, value, weight, model)
+            writer.add(name, stored)
+            if isinstance(stored, QuantizedTensor):
+                quantized[name] = stored.config
+                if weight is not None:
+                    layers.append(report(name, weight, stored))
+        if not quantized:
+            raise CheckpointError(f"{where}: none of its layers could be quantized")
+        config = next(iter(quantized.values()))
+        writer.finish(model.config.to_dict(), str(dtype), quantization_config(model, quantized, config, dtype))
+    save_tokenizer(tokenizer, out)
     return layers
+
+
+def readable(name: str, q: QuantizedTensor, weight: Tensor | None, model: Model) -> Tensor | QuantizedTensor:
+    """The weight as every reader of 4-bit files takes it: in 4 bits, or dense where its layer has to be."""
+    if leaf(name.removesuffix(".weight")) in model.always_dense:
+        return nf4.dequantize(q) if weight is None else weight.to(q.dtype)
+    problem = unknown_to_others(q.config)
+    if problem:
+        raise ConfigError(f"{name}: {problem}. `qlora quantize` writes any format, for this project to read")
+    return q
+
+
+def report(name: str, weight: Tensor, q: QuantizedTensor) -> LayerReport:
+    loss = nf4.error(weight, q)
+    return LayerReport(name, q.shape, q.bits_per_weight, loss.relative, loss.snr_db, loss.max)

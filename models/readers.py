@@ -130,8 +130,9 @@ class ShardedReader:
 class RenamedReader:
     """Another reader's tensors under the names of a model's parameters.
 
-    `rename` gives the parameter that a tensor is for, or None for one to leave out. Of several tensors for one
-    parameter, which are copies of each other, the one that has its name is read.
+    `rename` gives the parameter that a tensor is for, or None for one to leave out. The parts of a 4-bit weight, as
+    `P.absmax`, go with their P. Of several tensors for one parameter, which are copies of each other, the one
+    that has its name is read.
     """
 
     def __init__(self, reader: Reader, rename: Callable[[str], str | None]) -> None:
@@ -139,9 +140,11 @@ class RenamedReader:
         self.released_dtype = reader.released_dtype
         self.theirs: dict[str, str] = {}
         for name in reader.shapes:
-            ours = rename(name)
+            owner, dot, part = name.partition(".weight.")
+            ours = rename(owner + ".weight" if dot else name)
             if ours is None:
                 continue
+            ours += f".{part}" if dot else ""
             other = self.theirs.get(ours, name)
             if reader.shapes[other] != reader.shapes[name]:
                 raise CheckpointError(

@@ -12,7 +12,7 @@ from typing import Any
 from models.bpe import guess_pattern
 from models.errors import CheckpointError
 from models.gguf_header import read_gguf_header
-from models.spm import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, build_model
+from models.spm import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, build_model
 from models.tokenizer_json import split_merges, write_tokenizer_json
 
 # names that llama.cpp gives to the ways of cutting text, where they are one of ours
@@ -46,6 +46,10 @@ def _files(metadata: dict[str, Any]) -> dict[str, bytes]:
     if repeated:
         raise ValueError(f"{repeated} of its tokens are repeated")
 
+    # Where a model's embedding has more rows than there are tokens, the last ones are called [PAD1000] and so on.
+    while tokens and kinds[-1] == UNUSED and tokens[-1].startswith("[PAD"):
+        tokens, kinds = tokens[:-1], kinds[:-1]
+
     # A role without a token is named as null, so that nothing is guessed when the files are read back.
     roles = {role: metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for role, key in ROLES.items()}
     roles = {role: id if isinstance(id, int) and 0 <= id < len(tokens) else -1 for role, id in roles.items()}
@@ -61,13 +65,13 @@ def _files(metadata: dict[str, Any]) -> dict[str, bytes]:
         if name != "default" and name not in PATTERN_OF:
             known = ", ".join(PATTERN_OF)
             raise ValueError(f'it cuts text by the rules "{name}"; known are {known}')
-        vocab = {token: id for id, token in enumerate(tokens)}
+        vocab = {token: id for id, token in enumerate(tokens) if kinds[id] != UNUSED}
         special = {token: id for token, id in vocab.items() if kinds[id] in (UNKNOWN, CONTROL, USER_DEFINED)}
         pattern = PATTERN_OF[name] if name in PATTERN_OF else guess_pattern(vocab, merges)
         return files | {"tokenizer.json": write_tokenizer_json(vocab, merges, pattern, special)}
     if kind == "llama":
-        scores = _list(metadata, "scores", float)
-        if len(scores) != len(tokens):
+        scores = _list(metadata, "scores", float)[: len(tokens)]
+        if len(scores) < len(tokens):
             raise ValueError(f"{len(tokens)} tokens have {len(scores)} scores")
         model = build_model(
             tokens,

@@ -3,25 +3,35 @@
 Everything is written into a folder beside the destination and moved there at the end, so a killed or failed
 write leaves the destination as it was. Tensors are handed over one at a time; a shard goes to disk as soon
 as it is full.
+
+Of the 4-bit formats, other readers know two: nf4 and fp4 with scales nested by 256. config.json calls those
+bitsandbytes' and names the layers that are dense, because readers build the model from that before they look at
+a tensor. Any other format is called by a name of our own, so that nobody mistakes it.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import nf4
 from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
 from models.model import Model
 from nf4 import QuantConfig, QuantizedTensor
+from nf4.storage import BITSANDBYTES
 
 SHARD_BYTES = 4 * 2**30
+OUR_METHOD = "qlora-from-scratch"
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes' kernels are compiled for
 
 
 def save(model: Model, directory: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -40,7 +50,8 @@ def save(model: Model, directory: str | Path, shard_bytes: int = SHARD_BYTES) ->
             elif name.rpartition(".")[0] + ".weight" not in quantized or name.endswith(".bias"):
                 writer.add(name, parameter.detach())
         configs = [layer.quant_config for layer in quantized.values()]
-        writer.finish(model.config.to_dict(), str(model.dtype), configs[0] if configs else None)
+        quantization = quantization_config(model, quantized, configs[0], model.dtype) if configs else None
+        writer.finish(model.config.to_dict(), str(model.dtype), quantization)
 
 
 class CheckpointWriter:
@@ -80,8 +91,11 @@ class CheckpointWriter:
         self.shards.append(list(self.pending))
         self.pending = {}
 
-    def finish(self, config: dict[str, Any], dtype: str, quant: QuantConfig | None) -> None:
-        """Write what is left, the index and the config, and move all of it to its place."""
+    def finish(self, config: dict[str, Any], dtype: str, quantization: dict[str, Any] | None = None) -> None:
+        """Write what is left, the index and the config, and move all of it to its place.
+
+        `quantization` is what `quantization_config` says of weights in 4 bits.
+        """
         self.flush()
         count = len(self.shards)
         names = ["model.safetensors"]
@@ -93,8 +107,8 @@ class CheckpointWriter:
         for i, name in enumerate(names):
             (self.staging / f"shard-{i}").rename(self.staging / name)
         config = {**config, "torch_dtype": dtype.removeprefix("torch.")}
-        if quant is not None:
-            config["quantization_config"] = quantization_config(quant, config["torch_dtype"])
+        if quantization is not None:
+            config["quantization_config"] = quantization
         self.write_json("config.json", config)
         self.move()
 
@@ -118,15 +132,42 @@ class CheckpointWriter:
         (self.staging / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def quantization_config(quant: QuantConfig, dtype: str) -> dict[str, Any]:
-    """What config.json says of 4-bit weights, in the fields that other readers of such files look for."""
+def quantization_config(
+    model: Model, quantized: Collection[str], quant: QuantConfig, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What config.json says of the weights in 4 bits; `quantized` has their names, ending in `.weight`."""
+    dense = dense_layers(model, quantized)
+    if unknown_to_others(quant) or any(leaf(name.removesuffix(".weight")) in model.always_dense for name in quantized):
+        return {"quant_method": OUR_METHOD, **asdict(quant), "dense_layers": dense}
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": quant.codebook,
         "bnb_4bit_use_double_quant": quant.double_quant,
-        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": dense,
     }
+
+
+def unknown_to_others(quant: QuantConfig) -> str | None:
+    """Why other readers cannot use a 4-bit format, with what to do; None for those that they know."""
+    if quant.codebook not in BITSANDBYTES:
+        return f"codebook {quant.codebook} is known here alone; choose {' or '.join(BITSANDBYTES)}"
+    if quant.block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        return f"block_size {quant.block_size} is known here alone; choose one of {sizes}"
+    if quant.double_quant and quant.nested_block_size != 256:
+        return f"nested_block_size {quant.nested_block_size} is known here alone; choose 256, or no double_quant"
+    return None
+
+
+def dense_layers(model: Model, quantized: Collection[str]) -> list[str]:
+    """Every linear layer that is not in 4 bits, and the heads that a reader may build where this model has none."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | AdaptableLinear)]
+    return sorted({name for name in linears if f"{name}.weight" not in quantized} | set(model.heads))
+
+
+def leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,116 @@
+"""A 4-bit checkpoint for bitsandbytes: codes and scales under its keys, and a config.json that names them.
+
+Only what other readers know is written: nf4 or fp4 in their block sizes, and dense those layers that they never
+take in 4 bits. An adapter stays apart, because it was trained around these very codes; merged and quantized again
+it loses part of what it learned, and the result says how much.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kernels
+import nf4
+from models.adapter import load_adapter
+from models.checkpoint import load, open_checkpoint, skeleton, stored_in_4_bits, stream
+from models.device import DTYPES, pick_device, pick_dtype
+from models.errors import ConfigError
+from models.linear import AdaptableLinear, Linear, NF4Linear
+from models.lora import merged
+from models.model import Model
+from models.quantize import LayerReport, quantize_checkpoint, readable, report
+from models.target import LoadOptions, Target
+from models.tokenizer import load_tokenizer, save_tokenizer
+from models.writer import save, unknown_to_others
+from nf4 import QuantConfig, QuantizedTensor
+
+
+def export_nf4(target: Target, out: Path, options: LoadOptions, merge: bool = False) -> dict[str, Any]:
+    """Write the base, or with `merge` base and adapter together, and read every tensor back."""
+    raw, reader, _ = open_checkpoint(target.base)
+    stored = bool(stored_in_4_bits(reader))
+    quant = None if stored else target.quant or options.quant
+    problem = quant and unknown_to_others(quant)
+    if problem:
+        raise ConfigError(f"export: {problem}. `qlora quantize` writes any format, for this project to read")
+    device = pick_device(options.device)
+    dtype = pick_dtype(stored_dtype(options.dtype, target.dtype, raw if stored else {}), device)
+    if merge:
+        layers, notes = export_merged(target, out, quant, dtype, device)
+    else:
+        layers = quantize_checkpoint(target.base, out, quant, dtype, device, for_others=True)
+        notes = [f"the adapter is not in it: `qlora export --format adapter` writes it for {out}"]
+        notes = notes if target.adapter is not None else []
+    count = read_back(out, dtype)
+    size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    notes.append(f"{count} layers in 4 bits; {size / 1e6:.1f} MB in {out}")
+    worst = max((layer.relative_error for layer in layers), default=None)
+    return {"layers": count, "bytes": size, "worst_relative_error": worst, "notes": notes}
+
+
+def stored_dtype(asked: str, of_run: str | None, raw: dict[str, Any]) -> str:
+    """What everything but the codes is written in: as asked, as the run computed, or as the file says."""
+    of_file = raw.get("torch_dtype", raw.get("dtype"))
+    choices = [asked, of_run, of_file if isinstance(of_file, str) and of_file in DTYPES else None]
+    return next((name for name in choices if name not in (None, "auto")), "bfloat16")
+
+
+def export_merged(
+    target: Target, out: Path, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
+) -> tuple[list[LayerReport], list[str]]:
+    """The checkpoint of base and adapter together, each layer merged in float32 and quantized again."""
+    if target.adapter is None:
+        raise ConfigError("export: --merge needs an adapter; name a run, or give --load.adapter DIRECTORY")
+    tokenizer = load_tokenizer(target.base)
+    model = load(target.base, target.quant, dtype, device)
+    load_adapter(model, target.adapter)
+    layers, ratios = [], []
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptableLinear)]:
+        ratio = requantize(model, name, layer, quant, dtype, layers)
+        ratios += [] if ratio is None else [ratio]
+    save(model, out)
+    save_tokenizer(tokenizer, out)
+    return layers, [
+        f"merged and quantized again: rounding moves the weights {sum(ratios) / max(len(ratios), 1):.2f} times as far "
+        "as the adapter did; base and adapter apart keep all that was learned"
+    ]
+
+
+@torch.no_grad()
+def requantize(
+    model: Model,
+    name: str,
+    layer: AdaptableLinear,
+    quant: QuantConfig | None,
+    dtype: torch.dtype,
+    layers: list[LayerReport],
+) -> float | None:
+    """Put the merged layer in place; the size of its rounding error in those of the adapter's change comes back."""
+    config = layer.quant_config if isinstance(layer, NF4Linear) else quant
+    base = layer.dense_weight().float()
+    weight = base if layer.lora_A is None else merged(base, layer)
+    if config is None:  # a layer that is dense among others in 4 bits stays so
+        model.set_submodule(name, Linear.from_weight(weight.to(dtype), layer.bias))
+        return None
+    if isinstance(layer, NF4Linear) and layer.lora_A is None:
+        q = layer.quantized
+    else:
+        q = replace(kernels.quantize(weight, config, name=f"{name}.weight"), dtype=dtype)
+    value = readable(f"{name}.weight", q, weight, model)
+    if not isinstance(value, QuantizedTensor):
+        model.set_submodule(name, Linear.from_weight(value, layer.bias))
+        return None
+    layers.append(report(f"{name}.weight", weight, value))
+    model.set_submodule(name, NF4Linear(value, layer.bias))
+    change = (weight - base).norm().item()
+    return (nf4.dequantize(value, torch.float32) - weight).norm().item() / change if change else None
+
+
+def read_back(out: Path, dtype: torch.dtype) -> int:
+    """How many layers the written checkpoint holds in 4 bits; whatever our own reader refuses is refused."""
+    raw, reader, where = open_checkpoint(out)
+    model = skeleton(raw, where, reader)
+    values = stream(model, reader, None, dtype, torch.device("cpu"))
+    return sum(isinstance(value, QuantizedTensor) for _, value, _ in values)
