@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
+from models.config_fields import short
 from models.errors import CheckpointError
 from models.llama import build_llama
 from models.model import Model
@@ -15,6 +16,9 @@ ARCHITECTURES: dict[str, Build] = {
     "llama": build_llama,
 }
 
+# A layer is built before its tensors are looked for, so that a count must be believable.
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers")
+
 
 def build(
     raw: dict[str, Any],
@@ -25,6 +29,10 @@ def build(
 ) -> Model:
     """The model that a config describes; under `torch.device("meta")` it has shapes and names but no memory."""
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise CheckpointError(f"{where}: architecture {kind!r} is not known; {', '.join(ARCHITECTURES)} are")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise CheckpointError(f"{where}: architecture {kind!r:.80} is not known; {', '.join(ARCHITECTURES)} are")
+    for name in LAYER_COUNTS:
+        count = raw.get(name)
+        if tensors and isinstance(count, int) and count > len(tensors):
+            raise CheckpointError(f"{where}: {name} is {short(count)}, but there are {len(tensors)} tensors in all")
     return ARCHITECTURES[kind](raw, where, tensors, head, num_labels)

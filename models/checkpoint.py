@@ -8,7 +8,8 @@ What is quantized: the linear layers of the blocks. Embeddings, norms and the he
 
 A checkpoint may be in 4 bits already. What its tensors say counts, layer by layer: a weight with a
 `quant_state` is taken as it is, any other is dense and stays dense, whatever config.json says of either. Only
-the dtype is the caller's: codes decode to it. config.json just has to name a method that is read here.
+the dtype is the caller's: codes decode to it. A head that another writer put in 4 bits is decoded, because here
+heads are dense. config.json just has to name a method that is read here.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from models.linear import Linear, NF4Linear
 from models.meta_layout import open_meta
 from models.model import Model
 from models.quantized_files import refuse_other_methods
-from models.readers import Reader, RenamedReader, SafetensorsReader, TorchReader, open_files, read_json
+from models.readers import Reader, RenamedReader, SafetensorsReader, TorchReader, first_line, open_files, read_json
 from nf4 import QuantConfig, QuantizedTensor
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,8 +62,11 @@ def skeleton(
 ) -> Model:
     """The model that a config describes, with shapes and names but no memory."""
     refuse_other_methods(raw, where, reader.shapes)
-    with torch.device("meta"):
-        return build(raw, where, reader.shapes, head, num_labels)
+    try:
+        with torch.device("meta"):
+            return build(raw, where, reader.shapes, head, num_labels)
+    except (RuntimeError, OverflowError) as error:  # sizes whose product is more than torch can count
+        raise CheckpointError(f"{where}: no model has such sizes ({first_line(error)})") from error
 
 
 def stream(
@@ -75,15 +79,15 @@ def stream(
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
     absent = {name: model.initial(name, shape) for name, shape in expected.items() if name not in reader.shapes}
     fresh = {name: value for name, value in absent.items() if value is not None}
-    check_names({n: shape for n, shape in expected.items() if n not in fresh}, linears, reader, stored)
+    check_names({n: shape for n, shape in expected.items() if n not in fresh}, reader, stored)
     for name, shape in expected.items():
         try:
             if name in fresh:
                 yield name, fresh[name].to(device, dtype), None
                 continue
             if name in stored:
-                q = read_stored(name, shape, reader, stored[name], quant)
-                yield name, replace(q, dtype=dtype).to(device), None
+                q = replace(read_stored(name, shape, reader, stored[name], quant), dtype=dtype).to(device)
+                yield name, q if name in linears else kernels.dequantize(q, dtype), None
                 continue
             weight = read_dense(name, reader).to(device)
             if name in linears and quant is not None and not stored:
@@ -176,14 +180,11 @@ def read_dense(name: str, reader: Reader) -> Tensor:
     return weight
 
 
-def check_names(
-    expected: dict[str, tuple[int, ...]], linears: set[str], reader: Reader, stored: dict[str, list[str]]
-) -> None:
+def check_names(expected: dict[str, tuple[int, ...]], reader: Reader, stored: dict[str, list[str]]) -> None:
     """Refuse a checkpoint that lacks tensors, has others, or has them in other shapes: all in one message."""
     parts = {part for group in stored.values() for part in group}
     missing = [name for name in expected if name not in reader.shapes]
     unexpected = [name for name in reader.shapes if name not in expected and name not in parts]
-    unexpected += [name for name in stored if name in expected and name not in linears]
     misshapen = [
         f"{name} {list(reader.shapes[name])}, expected {list(shape)}"
         for name, shape in expected.items()

@@ -5,10 +5,10 @@ old form is written because every reader knows it. Fields that change the arithm
 asks for arithmetic that is not (another activation, another rotary scaling) is refused, never ignored.
 """
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from models.config_fields import flag, real, size, table, token_id, token_ids
 from models.errors import CheckpointError
 
 
@@ -97,40 +97,48 @@ def llama_config(raw: dict[str, Any], where: str) -> LlamaConfig:
         raise CheckpointError(f"{where}: hidden_act is {raw['hidden_act']!r}; LLaMA's SwiGLU needs 'silu'")
 
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    if "head_dim" not in values:
-        width, heads = number(values["hidden_size"], where), number(values["num_attention_heads"], where)
-        if heads < 1 or width % heads:
-            raise CheckpointError(f"{where}: hidden_size {width} does not split into {heads} attention heads")
-        values["head_dim"] = width // heads
-    rope = raw.get("rope_parameters") or {}
-    values["rope_theta"] = float(rope.get("rope_theta", raw.get("rope_theta") or 10000.0))
-    values["rope_scaling"] = rope_scaling(rope or raw.get("rope_scaling"), where)
-    eos = raw.get("eos_token_id")
-    values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-
     for name in SIZES:
         if name in values:
-            values[name] = number(values[name], f"{where}: {name}")
+            values[name] = size(values[name], f"{where}: {name}")
+    if "head_dim" not in values:
+        width, heads = values["hidden_size"], values["num_attention_heads"]
+        if width % heads:
+            raise CheckpointError(f"{where}: hidden_size {width} does not split into {heads} attention heads")
+        values["head_dim"] = width // heads
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if name in values:
+            values[name] = flag(values[name], f"{where}: {name}")
+    for name in ("bos_token_id", "pad_token_id"):
+        if name in values:
+            values[name] = token_id(values[name], f"{where}: {name}")
+    values["eos_token_id"] = token_ids(raw.get("eos_token_id"), f"{where}: eos_token_id")
+    if "rms_norm_eps" in values:
+        values["rms_norm_eps"] = real(values["rms_norm_eps"], f"{where}: rms_norm_eps")
+
+    rope = table(raw.get("rope_parameters"), f"{where}: rope_parameters")
+    values["rope_theta"] = real(rope.get("rope_theta", raw.get("rope_theta") or 10000.0), f"{where}: rope_theta")
+    scaling = rope or table(raw.get("rope_scaling"), f"{where}: rope_scaling")
+    values["rope_scaling"] = rope_scaling(scaling, where)
     return LlamaConfig(**values)
 
 
-def rope_scaling(raw: dict[str, Any] | None, where: str) -> RopeScaling | None:
+def rope_scaling(raw: dict[str, Any], where: str) -> RopeScaling | None:
     """The scaling part of `rope_parameters` or `rope_scaling`; None for plain rotary positions."""
-    raw = raw or {}
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
-        raise CheckpointError(f"{where}: rotary scaling {kind!r} is not known; linear and llama3 are")
+        raise CheckpointError(f"{where}: rotary scaling {kind!r:.80} is not known; linear and llama3 are")
     values = {f.name: raw[f.name] for f in fields(RopeScaling) if f.name in raw and f.name != "rope_type"}
-    factor = values.get("factor")
-    if not isinstance(factor, int | float) or not math.isfinite(factor) or factor < 1:
-        raise CheckpointError(f"{where}: rotary scaling needs a factor of at least 1; it has {factor!r}")
-    values["factor"] = float(factor)
-    return RopeScaling(rope_type=kind, **values)
-
-
-def number(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise CheckpointError(f"{where} is {value!r}; a whole number is needed")
-    return value
+    for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        if name in values:
+            values[name] = real(values[name], f"{where}: {name} of the rotary scaling")
+    if values.get("factor", 0.0) < 1:
+        raise CheckpointError(f"{where}: rotary scaling needs a factor of at least 1; it has {values.get('factor')!r}")
+    if "original_max_position_embeddings" in values:
+        original = values["original_max_position_embeddings"]
+        values["original_max_position_embeddings"] = size(original, f"{where}: original_max_position_embeddings")
+    scaling = RopeScaling(rope_type=kind, **values)
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise CheckpointError(f"{where}: rotary scaling's high_freq_factor is not above its low_freq_factor")
+    return scaling

@@ -23,6 +23,7 @@ MAGIC = b"GGUF"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 4
+DEEPEST_ARRAY = 4
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,20 @@ class Header:
         metadata = {}
         for _ in range(pair_count):
             key = self.string()
+            if key in metadata:
+                raise CheckpointError(f"{self.path}: {key!r:.80} comes twice; the file is damaged")
             metadata[key] = self.value(self.scalar("I"))
         self.fits(tensor_count, 24)  # a name's length, dimensions, a type and an offset
         records = [self.tensor() for _ in range(tensor_count)]
 
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
+        if not isinstance(alignment, int) or not 1 <= alignment <= self.size:
             raise CheckpointError(f"{self.path}: general.alignment is {alignment!r}; the file is damaged")
         start = -(-self.file.tell() // alignment) * alignment
         tensors = {}
         for name, shape, kind, offset in records:
+            if name in tensors:
+                raise CheckpointError(f"{self.path}: tensor {name!r:.80} comes twice; the file is damaged")
             tensors[name] = self.placed(name, shape, kind, start + offset)
         return GgufHeader(self.path, metadata, tensors)
 
@@ -128,15 +133,17 @@ class Header:
             raise CheckpointError(f"{self.path}: ends before {name} does; fetch or copy it again")
         return GgufTensor(shape, known, offset, nbytes)
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
             return self.scalar(self.format(kind))
         item, count = self.scalar("I"), self.scalar("Q")
+        if depth > DEEPEST_ARRAY:
+            raise CheckpointError(f"{self.path}: arrays within arrays {depth} deep; the file is damaged")
         if item in (STRING, ARRAY):
             self.fits(count, 8)
-            return [self.value(item) for _ in range(count)]
+            return [self.value(item, depth + 1) for _ in range(count)]
         letter = self.format(item)
         self.fits(count, struct.calcsize(letter))
         return list(struct.unpack(f"<{count}{letter}", self.take(count * struct.calcsize(letter))))

@@ -3,6 +3,7 @@
 As in Meta's layout, query and key rows are in the order of interleaved rotary positions.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.config import RopeScaling, llama_config
+from models.config_fields import real, size
 from models.errors import CheckpointError
 from models.gguf_header import GgufHeader, read_gguf_header
 from models.meta_layout import half_rotation_order
@@ -67,33 +69,37 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], GgufReader]:
         if name not in tensors:
             raise CheckpointError(f"{path}: lacks {name}; files with experts or fused layers are not read")
 
-    def need(key: str) -> Any:
+    def need(key: str) -> int:
         if f"llama.{key}" not in meta:
             raise CheckpointError(f"{path}: its metadata lacks llama.{key}")
-        return meta[f"llama.{key}"]
+        return optional(key, None)
 
-    width, heads = int(need("embedding_length")), int(need("attention.head_count"))
-    kv_heads = int(meta.get("llama.attention.head_count_kv", heads))
-    head_dim = int(meta.get("llama.attention.key_length", meta.get("llama.rope.dimension_count", width // heads)))
+    def optional(key: str, default: Any) -> int:
+        return size(meta.get(f"llama.{key}", default), f"{path}: llama.{key}")
+
+    width, heads = need("embedding_length"), need("attention.head_count")
+    kv_heads = optional("attention.head_count_kv", heads)
+    head_dim = optional("attention.key_length", meta.get("llama.rope.dimension_count", width // heads))
+    epsilon = "llama.attention.layer_norm_rms_epsilon"
     eos = [meta[f"tokenizer.ggml.{k}"] for k in STOP_IDS if f"tokenizer.ggml.{k}" in meta]
     config: dict[str, Any] = {
         "model_type": "llama",
-        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "vocab_size": tensors["token_embd.weight"].shape[0] if tensors["token_embd.weight"].shape else 0,
         "hidden_size": width,
-        "intermediate_size": int(need("feed_forward_length")),
-        "num_hidden_layers": int(need("block_count")),
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": int(meta.get("llama.context_length", 2048)),
+        "max_position_embeddings": optional("context_length", 2048),
         # Stored as float32; 9.999999747e-06 was 1e-05.
-        "rms_norm_eps": float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
-        "rope_theta": float(meta.get("llama.rope.freq_base", 10000.0)),
+        "rms_norm_eps": float(f"{real(meta.get(epsilon), f'{path}: {epsilon}'):.6g}"),
+        "rope_theta": real(meta.get("llama.rope.freq_base", 10000.0), f"{path}: llama.rope.freq_base"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(dict.fromkeys(eos)) or None,
+        "eos_token_id": list(dict.fromkeys(id for id in eos if isinstance(id, int))) or None,
         "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
     }
     config["rope_scaling"] = gguf_rope_scaling(header, config)
@@ -106,17 +112,18 @@ def gguf_rope_scaling(header: GgufHeader, config: dict[str, Any]) -> dict[str, A
     kind = meta.get("llama.rope.scaling.type", "none")
     factor = meta.get("llama.rope.scaling.factor", meta.get("llama.rope.scale_linear"))
     if kind == "linear" or (kind == "none" and factor not in (None, 0, 1)):
-        return {"rope_type": "linear", "factor": float(factor or 1)}
+        return {"rope_type": "linear", "factor": real(factor or 1, f"{path}: llama.rope.scaling.factor")}
     if kind != "none":
-        raise CheckpointError(f"{path}: rotary scaling {kind!r} is not known; linear and llama3 are")
+        raise CheckpointError(f"{path}: rotary scaling {kind!r:.80} is not known; linear and llama3 are")
     if ROPE_FACTORS not in header.tensors:
         return None
 
     divisors = header.read(ROPE_FACTORS).flatten()
+    factor = divisors.max().item() if len(divisors) else math.nan
     plain = inverse_frequencies(llama_config(config, str(path)), divisors.device)
-    told = meta.get("llama.rope.scaling.original_context_length", 8192)
+    told = size(meta.get("llama.rope.scaling.original_context_length", 8192), f"{path}: original_context_length")
     for original in (told, 8192, 4096, 2048, 16384, 1024, 512, 256, 128, 64):
-        guess = RopeScaling(rope_type="llama3", factor=float(divisors.max()), original_max_position_embeddings=original)
+        guess = RopeScaling(rope_type="llama3", factor=factor, original_max_position_embeddings=original)
         scaled = inverse_frequencies(llama_config({**config, "rope_scaling": vars(guess)}, str(path)), divisors.device)
         if divisors.shape == plain.shape and torch.allclose(plain / divisors, scaled, rtol=1e-3):
             return dict(vars(guess))

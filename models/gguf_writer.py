@@ -91,7 +91,7 @@ def stored_as(name: str, shape: tuple[int, ...], kind: str) -> str:
     return "f16" if kind == "q8_0" and shape[-1] % Q8_BLOCK else kind
 
 
-def encoded(weight: Float[Tensor, "..."], kind: str, name: str) -> np.ndarray[Any, Any]:
+def encoded(weight: Float[Tensor, "..."], kind: str, name: str) -> np.ndarray:
     """The bytes of a tensor; a number that the type cannot hold is refused."""
     import gguf
 
@@ -133,7 +133,7 @@ def write_config(writer: Any, config: LlamaConfig) -> None:
         writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
 
 
-def rope_divisors(config: LlamaConfig) -> np.ndarray[Any, Any] | None:
+def rope_divisors(config: LlamaConfig) -> np.ndarray | None:
     """What llama3's scaling divides each rotary frequency by."""
     if config.rope_scaling is None or config.rope_scaling.rope_type != "llama3":
         return None

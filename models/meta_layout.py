@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.config_fields import real, size
 from models.errors import CheckpointError
 from models.readers import TorchReader, read_json
 
@@ -52,7 +53,7 @@ class MetaReader:
             if re.fullmatch(IGNORED, theirs):
                 continue
             ours, dim = released_name(theirs)
-            if theirs == "tok_embeddings.weight" and shape[-1] == width:
+            if theirs == "tok_embeddings.weight" and shape[-1:] == (width,):
                 dim = 0  # vocabulary-parallel: rows are split, columns whole
             self.rows[ours] = (theirs, dim)
         self.shapes = {ours: self.joined_shape(*row) for ours, row in self.rows.items()}
@@ -70,9 +71,12 @@ class MetaReader:
 
     def joined_shape(self, theirs: str, dim: int | None) -> tuple[int, ...]:
         shapes = [part.shapes[theirs] for part in self.parts]
+        joined = list(shapes[0])
+        alike = {(*shape[:dim], *shape[dim + 1 :]) if dim is not None else shape for shape in shapes}
+        if len(alike) > 1 or len(joined) <= (dim or 0):
+            raise CheckpointError(f"{self.parts[0].path}: {theirs} is {', '.join(map(str, shapes))}; parts must fit")
         if dim is None:
             return shapes[0]
-        joined = list(shapes[0])
         joined[dim] = sum(shape[dim] for shape in shapes)
         return tuple(joined)
 
@@ -81,11 +85,8 @@ def open_meta(directory: Path) -> tuple[dict[str, Any], MetaReader]:
     """A config in released field names, and the reader of the parts. Sizes come from the tensors."""
     where = directory / "params.json"
     params = read_json(where)
-    for key in ("dim", "n_layers", "n_heads", "norm_eps"):
-        if not isinstance(params.get(key), int | float) or params[key] <= 0:
-            raise CheckpointError(f"{where}: {key} is {params.get(key)!r}; a positive number is needed")
-    dim, heads = int(params["dim"]), int(params["n_heads"])
-    kv_heads = int(params.get("n_kv_heads") or heads)
+    dim, heads, layers = (size(params.get(key), f"{where}: {key}") for key in ("dim", "n_heads", "n_layers"))
+    kv_heads = size(params.get("n_kv_heads") or heads, f"{where}: n_kv_heads")
     if dim % heads:
         raise CheckpointError(f"{where}: dim {dim} does not split into {heads} heads")
 
@@ -98,12 +99,12 @@ def open_meta(directory: Path) -> tuple[dict[str, Any], MetaReader]:
         "vocab_size": vocab_size,
         "hidden_size": dim,
         "intermediate_size": reader.shapes["model.layers.0.mlp.gate_proj.weight"][0],
-        "num_hidden_layers": int(params["n_layers"]),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": dim // heads,
         "max_position_embeddings": params.get("max_seq_len", 2048),
-        "rms_norm_eps": params["norm_eps"],
+        "rms_norm_eps": real(params.get("norm_eps"), f"{where}: norm_eps"),
         "rope_theta": params.get("rope_theta", 10000.0),
         "tie_word_embeddings": "lm_head.weight" not in reader.shapes,
     }

@@ -6,9 +6,11 @@ point of streaming is that only the quantized model grows. Nothing here runs cod
 """
 
 import json
+import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.errors import CheckpointError
+
+LARGEST_JSON = 256 * 2**20
 
 
 @runtime_checkable
@@ -55,12 +59,16 @@ class SafetensorsReader:
     def where(self, name: str) -> str:
         return str(self.path)
 
-    def opened(self) -> Any:
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        regular_file(self.path)
         try:
-            return safe_open(self.path, framework="pt")
-        except (SafetensorError, OSError) as error:
+            with safe_open(self.path, framework="pt") as f:
+                yield f
+        except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError) as error:
+            # torch and the library each complain in their own way of a type or a shape that does not exist
             raise CheckpointError(
-                f"{self.path}: not a whole safetensors file ({error}); fetch or copy it again"
+                f"{self.path}: not a whole safetensors file ({first_line(error)}); fetch or copy it again"
             ) from error
 
 
@@ -71,37 +79,67 @@ class TorchReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.zipped = is_whole_zip(path)
         self.kept: dict[str, Tensor] | None = None
         state = self.load()
-        bad = [name for name, value in state.items() if not isinstance(value, Tensor)]
-        if bad:
-            raise CheckpointError(f"{path}: {bad[0]!r} is not a tensor; a checkpoint maps names to tensors")
-        if not zipfile.is_zipfile(path):
+        if not self.zipped:
             self.kept = state  # the format before torch 1.6 cannot be mapped: it is read once, whole
         self.shapes = {name: tuple(value.shape) for name, value in state.items()}
 
     def read(self, name: str) -> Tensor:
         state = self.load() if self.kept is None else self.kept
-        return state[name].clone()
+        return state[name].detach().clone()
 
     def where(self, name: str) -> str:
         return str(self.path)
 
     def load(self) -> dict[str, Tensor]:
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.zipped)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{self.path}: refused, because reading it would run code or it is broken "
                 f"({first_line(error)}); use a safetensors copy"
             ) from error
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError, UnicodeDecodeError) as error:
+        except Exception as error:  # a broken pickle can make torch fail in any way; what it said is passed on
             raise CheckpointError(
                 f"{self.path}: not a whole torch file ({first_line(error)}); fetch or copy it again"
             ) from error
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path}: holds a {type(state).__name__}, not names and tensors")
+        for name, value in state.items():
+            problem = "is not a tensor under a name" if not isinstance(name, str) else unusual(value)
+            if problem:
+                raise CheckpointError(f"{self.path}: {name!r:.80} {problem}; a checkpoint maps names to tensors")
         return state
+
+
+def is_whole_zip(path: Path) -> bool:
+    """Is this torch's newer format, a zip file? One that would unpack to more than it is, is refused."""
+    regular_file(path)
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole torch file ({first_line(error)}); fetch or copy it again"
+        ) from error
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(f"{path}: claims to unpack to {unpacked} bytes; torch does not compress, so it is broken")
+    return True
+
+
+def unusual(value: Any) -> str | None:
+    """What is wrong with an entry of a torch file, if it is not a plain tensor of its own size."""
+    if not isinstance(value, Tensor):
+        return f"is not a tensor but a {type(value).__name__}"
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return f"is a tensor of an unusual kind ({value.layout}, {value.device.type}, {value.dtype})"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"claims {list(value.shape)} numbers but brings fewer"  # rows that share memory would unfold
+    return None
 
 
 class ShardedReader:
@@ -165,9 +203,9 @@ def open_files(directory: Path) -> Reader:
     """The weights of a directory in the released layout: safetensors before .bin, an index before a file."""
     for single, make in (("model.safetensors", SafetensorsReader), ("pytorch_model.bin", TorchReader)):
         index = directory / f"{single}.index.json"
-        if index.exists():
+        if index.is_file():
             return indexed(index, make)
-        if (directory / single).exists():
+        if (directory / single).is_file():
             return make(directory / single)
     shards = sorted(directory.glob("model-*-of-*.safetensors"))
     if shards:
@@ -185,10 +223,12 @@ def indexed(index: Path, make: type[SafetensorsReader] | type[TorchReader]) -> R
     if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensor names to files")
     names = sorted(set(table.values()))
-    outside = [name for name in names if Path(name).name != name]
+    outside = [
+        name for name in names if not name or Path(name).name != name or name == ".." or len(os.fsencode(name)) > 255
+    ]
     if outside:
-        raise CheckpointError(f"{index}: names {outside[0]!r}, which is not a file beside it")
-    absent = [name for name in names if not (index.parent / name).exists()]
+        raise CheckpointError(f"{index}: names {outside[0]!r:.80}, which is not a file beside it")
+    absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise CheckpointError(
             f"{index}: names {len(absent)} of {len(names)} files that are not there: {', '.join(absent)}; "
@@ -207,6 +247,9 @@ def sharded_where(reader: ShardedReader, name: str) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or the reason why there is none."""
+    regular_file(path)
+    if path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, more than any such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -214,6 +257,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}; a JSON object is needed")
     return value
+
+
+def regular_file(path: Path) -> None:
+    """Refuse what is missing, and what a read would wait on for ever, as a pipe."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
 
 
 def first_line(error: BaseException) -> str:

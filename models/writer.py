@@ -115,6 +115,7 @@ class CheckpointWriter:
     def move(self) -> None:
         """Replace what a former save left; the config goes last, since without it nothing is a checkpoint."""
         for path in self.staging.iterdir():
+            shutil.copymode(self.staging / "config.json", path)  # safetensors makes files that only their owner reads
             with path.open("rb") as f:
                 os.fsync(f.fileno())
         if not self.directory.exists():
