@@ -166,9 +166,15 @@ def read_stored(
     q = nf4.from_state_dict({part: reader.read(part) for part in parts}, name)
     if q.shape != shape:
         raise ValueError(f"{name} is {list(q.shape)} in its 4-bit record but the config asks for {list(shape)}")
-    if quant is not None and q.config != replace(quant, scale=q.config.scale):  # no file says how scales were chosen
+    if quant is not None and not same_format(quant, q.config):
         raise ValueError(f"{name} is already quantized, as {q.config}; load it without asking for {quant}")
     return q
+
+
+def same_format(asked: QuantConfig, stored: QuantConfig) -> bool:
+    """Do they agree in all that a file says? Of how scales were chosen it says nothing."""
+    nested = asked.nested_block_size if asked.double_quant else stored.nested_block_size
+    return replace(asked, scale=stored.scale, nested_block_size=nested) == stored
 
 
 def read_dense(name: str, reader: Reader) -> Tensor:

@@ -9,6 +9,7 @@ import os
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,6 +109,10 @@ class Header:
             if name in tensors:
                 raise CheckpointError(f"{self.path}: tensor {name!r:.80} comes twice; the file is damaged")
             tensors[name] = self.placed(name, shape, kind, start + offset)
+        ordered = sorted((t.offset, t.offset + t.nbytes, name) for name, t in tensors.items() if t.nbytes)
+        for (_, end, before), (begin, _, name) in pairwise(ordered):
+            if begin < end:  # few bytes under many names would unfold
+                raise CheckpointError(f"{self.path}: {name} lies on {before}; the file is damaged")
         return GgufHeader(self.path, metadata, tensors)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:

@@ -6,7 +6,6 @@ point of streaming is that only the quantized model grows. Nothing here runs cod
 """
 
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from models.errors import CheckpointError
 
+MOST_COPIES = 8  # tied embeddings stand under several names with one storage
 LARGEST_JSON = 256 * 2**20
 
 
@@ -111,6 +111,9 @@ class TorchReader:
             problem = "is not a tensor under a name" if not isinstance(name, str) else unusual(value)
             if problem:
                 raise CheckpointError(f"{self.path}: {name!r:.80} {problem}; a checkpoint maps names to tensors")
+        total, size = sum(value.nbytes for value in state.values()), self.path.stat().st_size
+        if total > MOST_COPIES * size:
+            raise CheckpointError(f"{self.path}: holds {len(state)} tensors of {total} bytes in {size}; it is broken")
         return state
 
 
@@ -224,7 +227,9 @@ def indexed(index: Path, make: type[SafetensorsReader] | type[TorchReader]) -> R
         raise CheckpointError(f"{index}: has no weight_map from tensor names to files")
     names = sorted(set(table.values()))
     outside = [
-        name for name in names if not name or Path(name).name != name or name == ".." or len(os.fsencode(name)) > 255
+        name
+        for name in names
+        if not name or Path(name).name != name or name == ".." or len(name.encode(errors="replace")) > 255
     ]
     if outside:
         raise CheckpointError(f"{index}: names {outside[0]!r:.80}, which is not a file beside it")

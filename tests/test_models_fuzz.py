@@ -20,6 +20,7 @@ import models
 import nf4
 from models.gguf_writer import write_gguf
 from models.linear import NF4Linear
+from models.llama import causal
 from tests import tiny
 from tests.golden import GOLDEN
 
@@ -240,7 +241,7 @@ def gguf(tmp_path_factory):
     pytest.importorskip("gguf")
     directory = tmp_path_factory.mktemp("fuzz")
     source = tiny.checkpoint(directory / "tiny")
-    write_gguf(models.load(source), models.load_tokenizer(source), directory / "m.gguf", "q8_0")
+    write_gguf(causal(models.load(source), "a GGUF"), models.load_tokenizer(source), directory / "m.gguf", "q8_0")
     return directory / "m.gguf"
 
 
@@ -271,7 +272,11 @@ def tokenizer_files(tmp_path_factory):
     (root / "json").mkdir()
     content = models.tokenizer_json.write_tokenizer_json(vocab, merges, "smollm", tokenizer.special_tokens)
     (root / "json" / "tokenizer.json").write_bytes(content)
-    settings = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "chat_template": "x"}
+    settings: dict[str, Any] = {
+        "bos_token": "<|im_start|>",
+        "eos_token": {"content": "<|im_end|>"},
+        "chat_template": "x",
+    }
     settings["added_tokens_decoder"] = {"0": {"content": "<|endoftext|>", "special": True}}
     for kind in ("merges", "json"):
         (root / kind / "tokenizer_config.json").write_text(json.dumps(settings))
