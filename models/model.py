@@ -38,6 +38,8 @@ class Model(nn.Module):
     """Layers that other readers build as the head, dense in 4-bit files even where it is the embedding itself."""
     always_dense: tuple[str, ...] = ()
     """Leaf names of block linears that other readers of 4-bit files never take in 4 bits."""
+    attachment: Any = None
+    """What `models.lora` keeps of the adapters that it has put on."""
 
     def loss(self, *, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Float[Tensor, ""]:
         """Mean over the labels that are not -100, in float32."""
