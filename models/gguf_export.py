@@ -34,9 +34,10 @@ def export_gguf(target: Target, out: Path, options: LoadOptions, kind: str = "f1
     device = pick_device(options.device)
     # Codes and norms as the run had them; from there on all is float32.
     dtype = pick_dtype(stored_dtype(options.dtype, target.dtype, {"torch_dtype": "float32"} | raw), device)
-    model = causal(load(target.base, target.quant, dtype, device), "a GGUF").float()
+    model = causal(load(target.base, target.quant, dtype, device), "a GGUF")
     if target.adapter is not None:
         load_adapter(model, target.adapter)
+    model.float()
     count = sum(1 for _ in adapted_layers(model))
 
     partial = out.with_name(f".{out.stem}.partial-{os.getpid()}.gguf")

@@ -79,7 +79,7 @@ def weight_of(model: Llama, name: str) -> Float[Tensor, "..."]:
     owner, _, part = name.rpartition(".")
     layer = model.get_submodule(owner)
     if part != "weight" or not isinstance(layer, AdaptableLinear):
-        return model.get_parameter(name).detach().float()
+        return getattr(layer, part).detach().float()  # what was trained whole is no parameter by that name
     base = layer.dense_weight().float()
     return base if layer.lora_A is None else merged(base, layer)
 

@@ -18,7 +18,7 @@ from models.checkpoint import load, open_checkpoint, skeleton, stored_in_4_bits,
 from models.device import DTYPES, pick_device, pick_dtype
 from models.errors import ConfigError
 from models.linear import AdaptableLinear, Linear, NF4Linear
-from models.lora import merged
+from models.lora import merge_adapter, merged
 from models.model import Model
 from models.quantize import LayerReport, quantize_checkpoint, readable, report
 from models.target import LoadOptions, Target
@@ -70,6 +70,7 @@ def export_merged(
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptableLinear)]:
         ratio = requantize(model, name, layer, quant, dtype, layers)
         ratios += [] if ratio is None else [ratio]
+    merge_adapter(model)  # what is left: modules that were trained whole
     save(model, out)
     save_tokenizer(tokenizer, out)
     return layers, [
