@@ -122,6 +122,11 @@ def read_peft_config(path: Path, model: nn.Module, names: Collection[str]) -> Lo
             continue
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise CheckpointError(f"{path}: {key} is {value!r}; a list of names is needed")
+    for pattern in patterns_in(raw):
+        if not harmless(pattern):
+            raise CheckpointError(
+                f"{path}: {pattern!r:.80} is not a pattern that is tried here; name the layers instead"
+            )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptableLinear)}
     try:
         chosen = [name for name in layers if chooses(raw, name)]
@@ -140,9 +145,23 @@ def read_peft_config(path: Path, model: nn.Module, names: Collection[str]) -> Lo
         )
     except CheckpointError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError, re.error) as error:
         raise CheckpointError(f"{path}: not a usable LoRA configuration ({error!r})") from error
     return config
+
+
+def patterns_in(raw: dict[str, Any]) -> list[str]:
+    """Every text in the file that will be matched against names of layers."""
+    patterns: list[Any] = []
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = raw.get(key)
+        patterns += value if isinstance(value, list | dict) else [value]
+    return [pattern for pattern in patterns if isinstance(pattern, str)]
+
+
+def harmless(pattern: str) -> bool:
+    """Is a regular expression matched in a blink? A repeated group, or many repetitions, can take for ever."""
+    return len(pattern) <= 1000 and len(re.findall(r"[*+{]", pattern)) <= 6 and not re.search(r"\)[*+{]", pattern)
 
 
 def chooses(raw: dict[str, Any], name: str) -> bool:

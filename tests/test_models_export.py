@@ -414,7 +414,7 @@ def test_names_and_row_orders_have_inverses():
 # Tokenizers in a GGUF
 
 
-def sentencepiece_files(directory: Path, **options) -> Path:
+def sentencepiece_files(directory: Path, kind: str = "bpe", rule: str = "identity") -> Path:
     """A SentencePiece model of the given kind, trained on a few lines."""
     import sentencepiece
 
@@ -427,7 +427,9 @@ def sentencepiece_files(directory: Path, **options) -> Path:
         byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
-        **{"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False, **options},
+        model_type=kind,
+        normalization_rule_name=rule,
+        remove_extra_whitespaces=False,
     )
     return directory
 
@@ -458,7 +460,7 @@ def test_a_sentencepiece_tokenizer_comes_back_with_added_tokens_and_empty_rows(b
 
 
 def test_a_tokenizer_that_a_gguf_cannot_hold_is_refused(base, tmp_path, capsys):
-    source = sentencepiece_files(tmp_path / "source", normalization_rule_name="nmt_nfkc_cf", model_type="unigram")
+    source = sentencepiece_files(tmp_path / "source", "unigram", "nmt_nfkc_cf")
     with_rows(base, source, models.load_tokenizer(source).vocab_size)
     err = told(capsys, source, tmp_path / "m.gguf", "--format", "gguf", code=4)
     assert "the tokenizer gives" in err

@@ -21,6 +21,7 @@ import nf4
 from models.gguf_writer import write_gguf
 from models.linear import NF4Linear
 from models.llama import causal
+from models.lora import detach
 from tests import tiny
 from tests.golden import GOLDEN
 
@@ -231,6 +232,54 @@ def test_params_json_with_other_values(tmp_path, changes):
     raw = json.loads((GOLDEN / "llama-raw-2" / "params.json").read_text())
     (tmp_path / "params.json").write_text(json.dumps(edited(raw, changes)))
     survives(lambda: models.load(tmp_path))
+
+
+# Adapters
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    directory = shutil.copytree(GOLDEN / "lora", tmp_path_factory.mktemp("fuzz") / "adapter")
+    return directory, models.load(GOLDEN / "llama-gqa", dtype=torch.float32)
+
+
+def put_on(adapter: tuple[Path, models.Model]) -> None:
+    directory, model = adapter
+    before = {name for name, _ in model.named_parameters()}
+    try:
+        survives(lambda: models.load_adapter(model, directory))
+    finally:
+        detach(model)
+    assert {name for name, _ in model.named_parameters()} == before
+
+
+@fuzz
+@given(changes=edits())
+def test_an_adapters_config_with_other_values(adapter, changes):
+    good = json.loads((GOLDEN / "lora" / "adapter_config.json").read_text())
+    (adapter[0] / "adapter_config.json").write_text(json.dumps(edited(good, changes)))
+    put_on(adapter)
+
+
+@fuzz
+@given(
+    key=st.sampled_from(["r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern"]),
+    value=values,
+)
+def test_an_adapters_config_with_another_value_where_it_counts(adapter, key, value):
+    good = json.loads((GOLDEN / "lora" / "adapter_config.json").read_text())
+    (adapter[0] / "adapter_config.json").write_text(json.dumps({**good, key: value}))
+    put_on(adapter)
+
+
+@fuzz
+@given(changes=edits())
+def test_an_adapters_header_with_other_values(adapter, changes):
+    shutil.copy(GOLDEN / "lora" / "adapter_config.json", adapter[0])
+    good = (GOLDEN / "lora" / "adapter_model.safetensors").read_bytes()
+    (adapter[0] / "adapter_model.safetensors").write_bytes(with_header(good, lambda header: edited(header, changes)))
+    put_on(adapter)
+    (adapter[0] / "adapter_model.safetensors").write_bytes(good)
 
 
 # GGUF

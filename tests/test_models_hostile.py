@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import struct
 import sys
 import zipfile
@@ -359,6 +360,92 @@ def test_a_gguf_whose_tensors_lie_on_each_other_is_refused(tmp_path):
     records = b"".join(string(name) + struct.pack("<IQIQ", 1, 64, 0, 0) for name in (b"a", b"b"))
     path = gguf(tmp_path / "m.gguf", tensor_count=2, tensors=records + bytes(400))
     refused(path, "b lies on a")
+
+
+# Adapters
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return shutil.copytree(GOLDEN / "lora", tmp_path / "adapter")
+
+
+def adapter_refused(adapter, message):
+    model = models.load(GOLDEN / "llama-gqa", dtype=torch.float32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(models.CheckpointError, match=message):
+        models.load_adapter(model, adapter)
+    assert all(torch.equal(p, before.pop(name)) for name, p in model.named_parameters())
+    assert not before
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 10**9}, "the adapter is for another model"),
+        ({"r": 10**400}, "the adapter is for another model|not a usable"),
+        ({"r": "8"}, "not a usable LoRA configuration"),
+        ({"r": -8}, "a rank is a whole number of at least 1"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "the adapter is for another model"),
+        ({"rank_pattern": [1]}, "not a usable LoRA configuration"),
+        ({"rank_pattern": {"(": 8}}, "not a usable|not a regular expression"),
+        ({"lora_alpha": float("nan")}, "an alpha is a finite number"),
+        ({"lora_alpha": "16"}, "not a usable"),
+        ({"lora_alpha": 10**400}, "not a usable"),
+        ({"lora_dropout": 2}, "dropout is 2"),
+        ({"peft_type": ["LORA"]}, "peft_type is"),
+        ({"target_modules": ["x"]}, "no layer is called x"),
+        ({"modules_to_save": 3}, "a list of names is needed"),
+        ({"modules_to_save": ["lm_head"]}, "lacks lm_head.weight"),
+    ],
+)
+def test_an_adapter_with_an_impossible_configuration_is_refused(adapter, fields, message):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    adapter_refused(adapter, message)
+
+
+@pytest.mark.parametrize("pattern", ["([a-z._0-9]+)+X", "([a-z]|[a-z_.0-9])*X", ".*.*.*.*.*.*.*.*.*X", "a" * 5000])
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_would_be_matched_for_ever_is_refused(adapter, field, pattern):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    value = {pattern: 8} if field.endswith("pattern") else pattern
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it was still matching after two seconds"))
+    signal.alarm(2)
+    try:
+        adapter_refused(adapter, "is not a pattern that is tried here")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("layers", ["([a-z]+)+X", ["([a-z]+)+X"]])
+def test_a_pattern_for_the_layers_is_no_exception(adapter, layers):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    changed = {**config, "layers_to_transform": [0], "layers_pattern": layers}
+    (adapter / "adapter_config.json").write_text(json.dumps(changed))
+    adapter_refused(adapter, "is not a pattern that is tried here")
+
+
+def test_an_adapter_of_another_model_or_without_numbers_is_refused(adapter):
+    good = load_file(adapter / "adapter_model.safetensors")
+    first = next(iter(good))
+    cases = {
+        "holds NaN or infinity": {first: torch.full_like(good[first], float("nan"))},
+        "holds torch.int32": {first: good[first].int()},
+        "which this model has no place for": {"base_model.model.x.lora_A.weight": torch.ones(8, 64)},
+        "expected": {first: good[first][:, :-1].contiguous()},
+    }
+    for message, change in cases.items():
+        save_file(good | change, adapter / "adapter_model.safetensors")
+        adapter_refused(adapter, message)
+    save_file({n: t for n, t in good.items() if n != first}, adapter / "adapter_model.safetensors")
+    adapter_refused(adapter, "lacks")
+    (adapter / "adapter_config.json").write_text("[" * 100_000)
+    adapter_refused(adapter, "not readable as JSON")
+    (adapter / "adapter_model.safetensors").write_bytes(header(2**63, b"{}"))
+    adapter_refused(adapter, "not a whole safetensors file")
 
 
 # The command line
