@@ -102,6 +102,46 @@ def test_the_file_has_pefts_keys_and_fields(tmp_path):
     assert expected.items() <= raw.items()
 
 
+@pytest.mark.parametrize(
+    ("saved", "written"),
+    [(("norm",), ["model.norm"]), (("lm_head",), ["lm_head"]), (("layers.1.mlp",), ["layers.1.mlp"])],
+)
+def test_modules_to_save_are_written_so_that_ends_of_letters_fit_them_alone(saved, written):
+    model = base()
+    models.attach_lora(model, models.LoraConfig(rank=2, target_modules=("o_proj",), modules_to_save=saved))
+    assert peft_config(model)["modules_to_save"] == written
+
+
+def test_a_head_that_is_its_embedding_is_written_under_both_names(tmp_path):
+    def tied():
+        return models.load(GOLDEN / "llama3-rope-tied", dtype=torch.float32)
+
+    model = tied()
+    models.attach_lora(model, models.LoraConfig(rank=2, modules_to_save=("embed_tokens",)))
+    move(model)
+    models.save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    head, embedding = "base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"
+    assert torch.equal(tensors[head], tensors[embedding])
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert raw["ensure_weight_tying"] is True
+    again = tied()
+    models.load_adapter(again, tmp_path)
+    assert torch.equal(again(IDS), model(IDS))
+
+    for changed, message in (
+        (
+            {**tensors, head: tensors[head] + 1},
+            r"lm_head\.weight and model\.embed_tokens\.weight differ, but",
+        ),
+        ({n: t for n, t in tensors.items() if n != head}, r"model\.embed_tokens\.weight was trained alone"),
+        ({n: t for n, t in tensors.items() if n != embedding}, r"lm_head\.weight was trained alone"),
+    ):
+        save_file(changed, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(models.CheckpointError, match=message):
+            models.load_adapter(tied(), tmp_path)
+
+
 def test_an_adapter_as_torch_saves_it_is_read(tmp_path):
     directory = changed(tmp_path, "lora")
     torch.save(load_file(directory / "adapter_model.safetensors"), directory / "adapter_model.bin")

@@ -200,7 +200,7 @@ def test_after_the_first_forward_no_dense_weight_is_made(monkeypatch):
     assert made["dense"] == 1
 
 
-def test_lengths_follow_the_layer_through_a_cast_and_stay_float32():
+def test_lengths_follow_the_layer_through_casts_moves_and_another_base_and_stay_float32():
     layer = layer_of("nf4", torch.randn(6, 32))
     assert isinstance(layer, NF4Linear)
     before = layer.row_lengths()
@@ -210,6 +210,9 @@ def test_lengths_follow_the_layer_through_a_cast_and_stay_float32():
     assert layer.row_lengths().dtype == torch.float32
     torch.testing.assert_close(layer.row_lengths(), merged.norm(dim=1), rtol=1e-5, atol=0)
     assert not torch.equal(layer.row_lengths(), before)  # A and B were rounded
+    assert layer.base_squares is not None
+    layer.base_squares = layer.base_squares.to("meta")  # as if left on another device
+    torch.testing.assert_close(layer.row_lengths(), merged.norm(dim=1), rtol=1e-5, atol=0)
     layer.store(kernels.quantize(2 * torch.randn(6, 32)))
     assert float(layer.row_lengths().mean()) > 1.5 * float(before.mean())
 

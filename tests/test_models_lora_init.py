@@ -121,13 +121,15 @@ def test_over_a_dense_base_loftq_leaves_what_the_default_format_stores():
         assert distance(original, layer) < float((original - nf4.dequantize(nf4.quantize(original))).norm())
 
 
-def test_loftq_keeps_the_best_of_its_rounds(monkeypatch):
-    torch.manual_seed(0)
-    weight, found = torch.randn(24, 40), []
+@pytest.mark.parametrize("seed", range(3))
+def test_loftq_keeps_the_best_of_its_rounds(monkeypatch, seed):
+    """In small weights a later round is often worse: of these three in two."""
+    torch.manual_seed(seed)
+    weight, found = torch.randn(8, 16), []
     for rounds in range(1, lora_init.LOFTQ_ROUNDS + 1):
         monkeypatch.setattr(lora_init, "LOFTQ_ROUNDS", rounds)
-        layer = NF4Linear(kernels.quantize(weight))
-        layer.lora_A, layer.lora_B, layer.scaling = nn.Linear(40, 4, bias=False), nn.Linear(4, 24, bias=False), 2.0
+        layer = NF4Linear(kernels.quantize(weight, nf4.QuantConfig(block_size=16)))
+        layer.lora_A, layer.lora_B, layer.scaling = nn.Linear(16, 2, bias=False), nn.Linear(2, 8, bias=False), 2.0
         initialise(layer, weight, "loftq")
         found.append(distance(weight, layer))
     assert found == sorted(found, reverse=True)

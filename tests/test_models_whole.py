@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 import models
 import nf4
 from models.lora import adapted_layers, detach
-from models.whole import trained, within
+from models.whole import trained_parameter, within
 from tests.golden import GOLDEN
 from tests.tiny_classifier import Classifier
 
@@ -42,13 +42,13 @@ def test_attaching_changes_no_answer_and_a_step_moves_adapters_and_these_modules
     models.attach_lora(model, models.LoraConfig(rank=2, dropout=0.0, modules_to_save=SAVED))
     assert torch.equal(model(IDS), before)
     assert model.dtype == dtype
-    start = {name: trained(model, name).detach().clone() for name in PARAMETERS}
+    start = {name: trained_parameter(model, name).detach().clone() for name in PARAMETERS}
     step(model, 0.1)
     after = model.state_dict()
     assert all(torch.equal(after[n], t) for n, t in held.items() if n not in PARAMETERS and n in after)
     for name in PARAMETERS:
-        assert trained(model, name).requires_grad
-        assert not torch.equal(trained(model, name), start[name])
+        assert trained_parameter(model, name).requires_grad
+        assert not torch.equal(trained_parameter(model, name), start[name])
     adapters = {name for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name}
     assert len(adapters) == 2 * 7 * 2
     assert sum(p.requires_grad for p in model.parameters()) == len(adapters) + len(PARAMETERS)
@@ -58,7 +58,7 @@ def test_steps_too_small_for_bfloat16_are_not_lost():
     """The weight that learns is float32; the model computes with it rounded."""
     model = with_saved(dtype=torch.bfloat16)
     assert isinstance(model, models.Llama)
-    weight = trained(model, "lm_head.weight")
+    weight = trained_parameter(model, "lm_head.weight")
     assert weight.dtype == torch.float32
     assert model.head_weight.dtype == torch.bfloat16
     start = model.head_weight.detach().clone()
@@ -71,10 +71,10 @@ def test_steps_too_small_for_bfloat16_are_not_lost():
 
 def test_a_narrower_adapter_dtype_does_not_narrow_them():
     model = with_saved(dtype=torch.float32)
-    assert trained(model, "lm_head.weight").dtype == torch.float32
+    assert trained_parameter(model, "lm_head.weight").dtype == torch.float32
     model = base()
     models.attach_lora(model, models.LoraConfig(rank=2, modules_to_save=("lm_head",), dtype="bfloat16"))
-    assert trained(model, "lm_head.weight").dtype == torch.float32
+    assert trained_parameter(model, "lm_head.weight").dtype == torch.float32
     assert model.get_parameter("model.layers.0.mlp.up_proj.lora_A.weight").dtype == torch.bfloat16
 
 
@@ -85,13 +85,13 @@ def test_they_are_saved_under_their_own_names_and_come_back(tmp_path, dtype):
     models.save_adapter(model, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     for name in PARAMETERS:
-        assert torch.equal(tensors[f"base_model.model.{name}"], trained(model, name))
+        assert torch.equal(tensors[f"base_model.model.{name}"], trained_parameter(model, name))
         assert tensors[f"base_model.model.{name}"].dtype == torch.float32
     again = base(nf4.QuantConfig(), dtype)
     models.load_adapter(again, tmp_path)
     assert torch.equal(again(IDS), model(IDS))
     for name in PARAMETERS:
-        assert torch.equal(trained(again, name), trained(model, name))
+        assert torch.equal(trained_parameter(again, name), trained_parameter(model, name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
