@@ -20,7 +20,8 @@ from models.loralib import loralib_file, read_loralib
 from models.peft_config import peft_config, read_peft_config
 from models.peft_names import PREFIX, released_name
 from models.readers import Reader, RenamedReader, SafetensorsReader, TorchReader
-from models.whole import trained
+from models.tied_head import refuse_untied, tied_heads
+from models.whole import trained_parameter
 
 FILES = (("adapter_model.safetensors", SafetensorsReader), ("adapter_model.bin", TorchReader))
 
@@ -30,7 +31,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
     Adapters with NaN or infinity are refused: whoever finds them later has lost the training that made them.
     """
-    tensors = {PREFIX + name: t.detach().cpu().contiguous() for name, t in adapter_tensors(model).items()}
+    trained = adapter_tensors(model)
+    trained |= {head: trained[name].clone() for head, name in tied_heads(model, trained).items()}
+    tensors = {PREFIX + name: t.cpu().contiguous() for name, t in trained.items()}
     if not tensors:
         raise ValueError("the model has no adapters; attach_lora makes them")
     broken = [name for name, t in tensors.items() if not bool(t.isfinite().all())]
@@ -90,6 +93,9 @@ def read_peft(directory: Path, model: nn.Module) -> tuple[Reader, LoraConfig]:
         raise CheckpointError(f"{directory}: has no {' and no '.join(name for name, _ in FILES)}")
     file, make = found[0]
     reader = RenamedReader(make(file), released_name)
+    refuse_untied(reader, model)
+    heads = tied_heads(model, reader.shapes)
+    reader = RenamedReader(reader, lambda name: heads.get(name, name))
     return reader, read_peft_config(directory / "adapter_config.json", model, reader.shapes)
 
 
@@ -128,7 +134,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector.detach()
     attachment = attached(model)
     saved = attachment.originals if attachment else ()
-    return tensors | {name: trained(model, name).detach() for name in saved}
+    return tensors | {name: trained_parameter(model, name).detach() for name in saved}
 
 
 def verify(path: Path, tensors: dict[str, Tensor]) -> None:

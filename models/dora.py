@@ -33,7 +33,7 @@ def rescaled(
     bias: Float[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "*rows N"]:
     """magnitude / length * product + bias, computed in float32 and rounded once to the product's dtype."""
-    return Rescale.apply(product, ratio(magnitude, length), bias)
+    return rescale(product, ratio(magnitude, length), bias)
 
 
 def ratio(magnitude: Float[Tensor, " N"], length: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -41,23 +41,34 @@ def ratio(magnitude: Float[Tensor, " N"], length: Float[Tensor, " N"]) -> Float[
     return torch.where(length > 0, magnitude / torch.where(length > 0, length, 1), 0)
 
 
-class Rescale(torch.autograd.Function):
-    """One factor a column, in float32, of which backward keeps no float32 copy."""
+# One factor a column, in float32, of which backward keeps no copy as large as the product. An operator, so that
+# a compiled graph keeps none either.
+@torch.library.custom_op(
+    "qlora::rescale", mutates_args=(), schema="(Tensor product, Tensor factor, Tensor? bias) -> Tensor"
+)
+def rescale(product: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    y = product * factor
+    return (y if bias is None else y + bias).to(product.dtype)
 
-    @staticmethod
-    def forward(ctx: Any, product: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(product, factor)
-        y = product * factor
-        return (y if bias is None else y + bias).to(product.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        (dy,) = gradients
-        product, factor = ctx.saved_tensors
-        need_product, need_factor, need_bias = ctx.needs_input_grad
-        dproduct = (dy * factor).to(product.dtype) if need_product else None
-        dfactor = (dy.to(factor.dtype) * product).flatten(0, -2).sum(0) if need_factor else None
-        return dproduct, dfactor, dy.flatten(0, -2).sum(0) if need_bias else None
+@rescale.register_fake
+def _(product: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(product)
+
+
+def rescale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def rescale_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    product, factor = ctx.saved_tensors
+    need_product, need_factor, need_bias = ctx.needs_input_grad
+    dproduct = (dy * factor).to(product.dtype) if need_product else None
+    dfactor = (dy.to(factor.dtype) * product).reshape(-1, len(factor)).sum(0) if need_factor else None
+    return dproduct, dfactor, dy.reshape(-1, len(factor)).sum(0) if need_bias else None
+
+
+rescale.register_autograd(rescale_backward, setup_context=rescale_context)
 
 
 def direct_squares(

@@ -166,7 +166,7 @@ class NF4Linear(AdaptableLinear):
         assert self.lora_A is not None
         assert self.lora_B is not None
         a, b, q = self.lora_A.weight, self.lora_B.weight, self.quantized
-        if self.base_squares is None:
+        if self.base_squares is None or self.base_squares.device != a.device:
             decoded = kernels.dequantize(q, torch.float32)
             self.base_squares = direct_squares(decoded, torch.zeros_like(a), torch.zeros_like(b), 0.0)
         projected = kernels.nf4_linear(a.float(), q).T
@@ -185,7 +185,6 @@ class NF4Linear(AdaptableLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         """Let scales follow the model to a device, but through no cast: `fn` sees them as integers."""
-        self.base_squares = None  # summed again where the weight will be
         scales = {name: b for name, b in self._buffers.items() if b is not None}
         for name, scale in scales.items():
             self._buffers[name] = scale.view(torch.int32)

@@ -35,12 +35,12 @@ class Attachment:
 def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
     """Give the layers that `config` names an adapter each, and freeze everything else.
 
-    All that can be refused is refused before the model is changed.
+    What is wrong with the configuration is found before the model is changed.
     """
     if next(adapted_layers(model), None) is not None:
         raise ValueError("the model already has adapters; merge_adapter removes them")
-    layers = targeted_layers(model, config)
     saved = saved_parameters(model, config.modules_to_save)
+    layers = targeted_layers(model, config)
     weights = starting_weights(model, layers, config)
 
     before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
@@ -48,9 +48,12 @@ def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
     for name, layer in layers.items():
         rank, layer.scaling = config.size(name)
         layer.dropout, layer.lora_config = config.dropout, config
-        place = {"device": layer.weight.device, "dtype": ADAPTER_DTYPES[config.dtype]}
-        layer.lora_A = nn.Linear(layer.in_features, rank, bias=False, **place)
-        layer.lora_B = nn.Linear(rank, layer.out_features, bias=False, **place)
+        device, dtype = layer.weight.device, ADAPTER_DTYPES[config.dtype]
+        # A start that is computed draws no random numbers, not even some that are thrown away: hence no memory yet.
+        made_on = device if weights is None else torch.device("meta")
+        lora_a = nn.Linear(layer.in_features, rank, bias=False, device=made_on, dtype=dtype)
+        lora_b = nn.Linear(rank, layer.out_features, bias=False, device=made_on, dtype=dtype)
+        layer.lora_A, layer.lora_B = lora_a.to_empty(device=device), lora_b.to_empty(device=device)
         if weights is None:
             nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
             nn.init.zeros_(layer.lora_B.weight)
@@ -146,6 +149,7 @@ def targeted_layers(model: nn.Module, config: LoraConfig) -> dict[str, Adaptable
 
 def adapter_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that an adapter of this configuration has on this model."""
+    saved = saved_parameters(model, config.modules_to_save)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in targeted_layers(model, config).items():
         rank, _ = config.size(name)
@@ -153,5 +157,4 @@ def adapter_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int,
         shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
         if config.dora:
             shapes[f"{name}.lora_magnitude_vector"] = (layer.out_features,)
-    saved = saved_parameters(model, config.modules_to_save)
     return shapes | {name: tuple(p.shape) for name, p in saved.items()}

@@ -48,5 +48,10 @@ class Originals:
         if not isinstance(layer, NF4Linear):
             return layer.dense_weight().float()
         assert self.reader is not None
-        dtype = self.reader.released_dtype or layer.dtype
-        return self.reader.read(weight).to(layer.weight.device, dtype).float()
+        original = self.reader.read(weight).to(layer.weight.device, self.reader.released_dtype or layer.dtype)
+        if not bool(original.isfinite().all()):
+            raise CheckpointError(
+                f"{self.reader.where(weight)}: {weight} holds NaN or infinity, which it did not when it was loaded; "
+                "fetch it again, and load the model again, which is half changed"
+            )
+        return original.float()

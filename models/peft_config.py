@@ -19,6 +19,7 @@ from models.lora_config import LoraConfig, ends_with, fits, matching
 from models.lora_init import LOFTQ_ROUNDS
 from models.peft_names import layer_of
 from models.readers import read_json
+from models.tied_head import tied_heads
 from models.whole import within
 from nf4 import QuantConfig
 
@@ -57,7 +58,6 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
     task = getattr(model, "task_type", None)
     if task == "SEQ_CLS" and not any(name.rpartition(".")[2] in HEADS for name in config.modules_to_save):
         task = None  # PEFT would look for the classifier in the file
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -73,8 +73,8 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
         "rank_pattern": longest_first(config.rank_pattern),
         "alpha_pattern": longest_first(config.alpha_pattern),
         "target_modules": target_names(model),
-        "modules_to_save": list(config.modules_to_save) or None,
-        "ensure_weight_tying": bool(tied and config.modules_to_save),
+        "modules_to_save": saved_names(model, config.modules_to_save) or None,
+        "ensure_weight_tying": bool(tied_heads(model, attachment.originals)),
         "use_rslora": config.rslora,
         "use_dora": config.dora,
     }
@@ -86,6 +86,16 @@ def target_names(model: nn.Module) -> list[str]:
     others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in adapted}
     leaves = {name: name.rpartition(".")[2] for name in adapted}
     return sorted({name if leaf in others else leaf for name, leaf in leaves.items()})
+
+
+def saved_names(model: nn.Module, given: Collection[str]) -> list[str]:
+    """Names of the modules to save. PEFT looks for ends of letters, not of parts: for it `norm` is `layernorm` too."""
+    modules = [name for name, _ in model.named_modules()]
+    names = []
+    for g in given:
+        fitting = [m for m in modules if ends_with(m, g)]
+        names += [g] if len(fitting) == sum(m.endswith(g) for m in modules) else fitting
+    return names
 
 
 def longest_first(pattern: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Rounded(nn.Module):
         return wide.to(self.dtype)
 
 
-def trained(model: nn.Module, name: str) -> nn.Parameter:
+def trained_parameter(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter behind a name, as it is trained."""
     owner, leaf = place(model, name)
     if parametrize.is_parametrized(owner, leaf):
@@ -88,7 +88,7 @@ def settle(model: nn.Module, names: Collection[str]) -> None:
 def give_back(model: nn.Module, originals: Mapping[str, Tensor]) -> None:
     """The parameters are again what they were before they were trained."""
     for name, original in originals.items():
-        put(model, name, original.to(trained(model, name).device))
+        put(model, name, original.to(trained_parameter(model, name).device))
 
 
 def put(model: nn.Module, name: str, value: Tensor) -> None:

@@ -40,7 +40,10 @@ def layer_of(kind, weight, bias=None, rank=2, scaling=0.5, seed=0) -> AdaptableL
     return layer
 
 
-def parts(layer):
+def parts(layer: AdaptableLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
+    assert layer.lora_magnitude_vector is not None
     return layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector
 
 
@@ -93,12 +96,12 @@ def test_output_and_gradients_are_the_formulas(kind, with_bias):
     layer = layer_of(kind, weight, torch.randn(6) if with_bias else None)
     y = layer(x)
     target = torch.randn_like(y)
-    trained = [x, *parts(layer), *([layer.bias] if with_bias else [])]
+    trained = [x, *parts(layer), *([] if layer.bias is None else [layer.bias])]
     gradients = torch.autograd.grad(y, trained, target)
 
     a, b, m = parts(layer)
     merged = layer.dense_weight() + layer.scaling * b @ a
-    plain = m / merged.norm(dim=1).detach() * (x @ merged.T) + (layer.bias if with_bias else 0)
+    plain = m / merged.norm(dim=1).detach() * (x @ merged.T) + (0 if layer.bias is None else layer.bias)
     torch.testing.assert_close(y, plain)
     for ours, theirs in zip(gradients, torch.autograd.grad(plain, trained, target), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -109,6 +112,7 @@ def test_in_bfloat16_nothing_but_the_product_is_rounded_twice(kind):
     torch.manual_seed(2)
     weight, x = torch.randn(64, 32), torch.randn(7, 32)
     layer = layer_of(kind, weight.bfloat16(), torch.randn(64).bfloat16())
+    assert layer.bias is not None
     with torch.no_grad():
         y = layer(x.bfloat16())
         a, b, m = parts(layer)
@@ -182,7 +186,7 @@ def test_a_row_of_zeros_stays_one_and_makes_no_nan(kind):
     y = layer(torch.randn(3, 32))
     assert torch.equal(y[:, 1], torch.ones(3))
     y.sum().backward()
-    assert all(bool(p.grad.isfinite().all()) for p in parts(layer))
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in parts(layer))
     assert bool(models.lora.merged(layer.dense_weight(), layer).isfinite().all())
 
 
@@ -196,8 +200,9 @@ def test_after_the_first_forward_no_dense_weight_is_made(monkeypatch):
     assert made["dense"] == 1
 
 
-def test_lengths_follow_the_layer_through_a_cast_and_stay_float32():
+def test_lengths_follow_the_layer_through_casts_moves_and_another_base_and_stay_float32():
     layer = layer_of("nf4", torch.randn(6, 32))
+    assert isinstance(layer, NF4Linear)
     before = layer.row_lengths()
     layer.to(torch.bfloat16)
     a, b, _ = parts(layer)
@@ -205,6 +210,9 @@ def test_lengths_follow_the_layer_through_a_cast_and_stay_float32():
     assert layer.row_lengths().dtype == torch.float32
     torch.testing.assert_close(layer.row_lengths(), merged.norm(dim=1), rtol=1e-5, atol=0)
     assert not torch.equal(layer.row_lengths(), before)  # A and B were rounded
+    assert layer.base_squares is not None
+    layer.base_squares = layer.base_squares.to("meta")  # as if left on another device
+    torch.testing.assert_close(layer.row_lengths(), merged.norm(dim=1), rtol=1e-5, atol=0)
     layer.store(kernels.quantize(2 * torch.randn(6, 32)))
     assert float(layer.row_lengths().mean()) > 1.5 * float(before.mean())
 
