@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import models
-from models.generate import Sampling, choose
+from models.sampling import Sampling, choose
 from tests.golden import GOLDEN
 
 
