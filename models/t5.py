@@ -254,7 +254,7 @@ class T5(Model):
     def decode(
         self,
         decoder_input_ids: Int[Tensor, "B U"],
-        encoded: Float[Tensor, "B T D"] | None,
+        encoded: Float[Tensor, "texts T D"] | None,
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         cache: Cache | None = None,
@@ -286,7 +286,7 @@ class T5(Model):
         self,
         *,
         input_ids: Int[Tensor, "B T"],
-        labels: Int[Tensor, "B U"],
+        labels: Int[Tensor, "texts U"],
         attention_mask: Tensor | None = None,
     ) -> Float[Tensor, ""]:
         """Mean cross-entropy, in float32, of each label given the text and the labels before it; -100 is not scored.
