@@ -13,9 +13,10 @@ import models
 import nf4
 from models.linear import NF4Linear
 from models.model import Stack
-from models.t5 import position_buckets
+from models.relative import position_buckets
 from models.t5_config import t5_config
 from tests.golden import GOLDEN
+from tests.judge import poisoned_memory
 from tests.tiny_t5 import V1_1, t5
 
 CASES = ("t5-v1_0", "t5-v1_1")
@@ -198,7 +199,7 @@ def gradients(model, checkpointing):
     model.gradient_checkpointing = checkpointing
     torch.manual_seed(3)
     model.loss(input_ids=ids, labels=labels).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -206,12 +207,28 @@ def test_checkpointed_gradients_are_the_same(small, training, monkeypatch):
     small.train(training)
     plain = gradients(small, False)
     recomputed = []
-    original = models.t5.recomputed
-    monkeypatch.setattr(models.t5, "recomputed", lambda *a: recomputed.append(1) or original(*a))
+    original = models.t5_blocks.recomputed
+    monkeypatch.setattr(models.t5_blocks, "recomputed", lambda *a: recomputed.append(1) or original(*a))
     checkpointed = gradients(small, True)
     assert len(recomputed) == 2 + 3
-    assert [type(m) for m in small.modules() if isinstance(m, Stack)] == [models.t5.Blocks] * 2
+    assert [type(m) for m in small.modules() if isinstance(m, Stack)] == [models.t5_blocks.Blocks] * 2
     for name, gradient in plain.items():
+        assert torch.equal(gradient, checkpointed[name]), name
+
+
+def test_checkpointed_gradients_of_adapters_over_4_bits_are_the_same(small, tmp_path):
+    models.save(small, tmp_path / "model")
+    model = models.load(tmp_path / "model", nf4.QuantConfig(), dtype=torch.float32)
+    models.attach_lora(model, models.LoraConfig(rank=2, dropout=0.3))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.train()
+    with poisoned_memory():
+        plain, checkpointed = gradients(model, False), gradients(model, True)
+    assert len(plain) == 2 * sum(isinstance(m, NF4Linear) for m in model.modules())
+    for name, gradient in plain.items():
+        assert gradient.isfinite().all()
         assert torch.equal(gradient, checkpointed[name]), name
 
 
