@@ -63,8 +63,7 @@ def beam_search(
         better = scores > best
         best = torch.where(better, scores, best)
         lengths = torch.where(better, n, lengths)
-        best_texts[better] = pad
-        best_texts[better, :n] = with_token(texts, which.gather(1, place[:, None]), V)[better, 0]
+        best_texts[better, :n] = with_token(texts, which.gather(1, place[:, None]), V)[better, 0]  # longer than before
         if n == max_new_tokens:
             break
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import models
-from models.beam import best_of
+from models.beam import beam_search, best_of
 from models.config import LlamaConfig
 from models.decoding import TranslatingDecoding
 from models.llama import Llama
@@ -167,6 +167,56 @@ def test_the_search_ends_when_no_beam_can_become_better(monkeypatch):
     assert length <= count < 100
     length, count = steps(1.0, stop)  # a long text may still win: log-probabilities are few per token
     assert count > length
+
+
+class Scripted:
+    """A text whose next token's probabilities are given by how many there are."""
+
+    opening_mask: torch.Tensor | None = None
+
+    def __init__(self, *probabilities):
+        self.script = [torch.tensor([row]).log() for row in probabilities]
+        self.opening = torch.zeros(1, 1, dtype=torch.long)
+        self.step = 0
+
+    def first(self):
+        return self.script[0]
+
+    def following(self, tokens):
+        self.step += 1
+        return self.script[min(self.step, len(self.script) - 1)].expand(len(tokens), -1)
+
+    def repeat(self, times):
+        pass
+
+    def select(self, rows):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("length_penalty", "probabilities", "expected", "steps"),
+    [
+        # The score of a longer text is multiplied, yet the next may be better than what is kept, and then none is.
+        (-1.0, ([0.7, 0.3], [0.01, 0.99]), [0, 1], 1),
+        # Kept at once, and nothing that is longer can have a better sum.
+        (0.0, ([0.4, 0.6], [0.01, 0.99]), [1], 0),
+        # Sums only fall, but divided by what the length may become they stay better until the end.
+        (1.0, ([0.9, 0.1], [0.8, 0.2], [0.99, 0.01]), [0] * 8, 7),
+    ],
+)
+def test_what_may_still_win_is_followed_and_nothing_else(length_penalty, probabilities, expected, steps):
+    decoding = Scripted(*probabilities)
+    best = beam_search(
+        decoding,
+        max_new_tokens=8,
+        num_beams=2,
+        length_penalty=length_penalty,
+        repetition_penalty=1.0,
+        stops=torch.tensor([1]),
+        pad=0,
+    )
+    assert best.tolist() == [expected]
+    assert decoding.step == steps
 
 
 def test_equal_texts_are_told_apart_by_the_earlier_beam_and_the_lower_id():

@@ -107,6 +107,8 @@ def test_generation_ends_when_every_row_has_stopped(model):
 def test_no_new_tokens_gives_the_prompt(model):
     prompt = torch.tensor([PROMPTS[0]])
     assert torch.equal(models.generate(model, prompt, max_new_tokens=0), prompt)
+    ids, mask = batch("right")
+    assert torch.equal(models.generate(model, ids, mask, max_new_tokens=0), ids)
     assert models.generate(t5(), torch.tensor([[3]]), max_new_tokens=0).tolist() == [[0]]
 
 

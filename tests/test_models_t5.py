@@ -13,7 +13,7 @@ import models
 import nf4
 from models.linear import NF4Linear
 from models.model import Stack
-from models.relative import position_buckets
+from models.relative import padding_bias, position_buckets
 from models.t5_config import t5_config
 from tests.golden import GOLDEN
 from tests.judge import poisoned_memory
@@ -100,6 +100,16 @@ def test_the_released_buckets_are_as_published():
     assert found[0].tolist() == [0, 0, 15, 16, 16, 17, 31, 31]
 
 
+def test_the_encoder_tells_before_from_after_and_the_decoder_has_all_buckets_for_before(small):
+    distances = torch.arange(15)[None, :] - torch.arange(15)[:, None]
+    for stack, bidirectional in ((small.encoder, True), (small.decoder, False)):
+        weight = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        expected = weight[position_buckets(distances, 8, 12, bidirectional)].permute(2, 0, 1)
+        there = torch.ones(15, 15, dtype=torch.bool) if bidirectional else distances <= 0
+        assert torch.equal(stack.bias(15, 15, None)[0][:, there], expected[:, there])
+        assert torch.equal(stack.bias(2, 15, None), stack.bias(15, 15, None)[:, :, -2:])
+
+
 def test_only_the_first_block_has_positions_and_all_blocks_use_them(small):
     names = [name for name, _ in small.named_parameters() if "relative_attention_bias" in name]
     assert names == [
@@ -158,6 +168,14 @@ def test_a_row_without_any_token_gives_numbers(small, dtype):
     loss = model.loss(input_ids=ids, attention_mask=mask, labels=written)
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_hides_a_token_is_a_number_in_every_kernel(dtype):
+    hidden = padding_bias(torch.tensor([[True, False]]), dtype)[0, 0, 0]
+    assert hidden[0] == 0
+    assert hidden[1] < -1e30
+    assert (hidden * 1.4427).isfinite().all()  # where exp(x) is computed as 2^(x log2(e))
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5])
