@@ -87,7 +87,7 @@ class FairseqReader:
     def add(self, theirs: str, shape: tuple[int, ...]) -> None:
         """Enter the released names of a tensor and the shapes of its parts."""
         ours = released_names(theirs, alone=len(self.classifiers) == 1)
-        if not shape or shape[0] % len(ours):
+        if len(ours) > 1 and (not shape or shape[0] % len(ours)):
             raise CheckpointError(
                 f"{self.path}: {theirs} is {list(shape)}, which does not split into query, key and value"
             )
@@ -95,14 +95,14 @@ class FairseqReader:
             if name in self.rows:
                 raise CheckpointError(f"{self.path}: {theirs} and {self.rows[name][0]} are both for {name}; keep one")
             self.rows[name] = (theirs, part, len(ours))
-            self.shapes[name] = (shape[0] // len(ours), *shape[1:])
+            self.shapes[name] = (shape[0] // len(ours), *shape[1:]) if len(ours) > 1 else shape
 
     def read(self, name: str) -> Tensor:
         if name == TOKEN_TYPES:
             return torch.zeros(self.shapes[name])
         theirs, part, parts = self.rows[name]
         state = model_state(self.load(), self.path) if self.kept is None else self.kept
-        return state[theirs].chunk(parts)[part].clone()
+        return (state[theirs].chunk(parts)[part] if parts > 1 else state[theirs]).clone()
 
     def where(self, name: str) -> str:
         return str(self.path)
@@ -113,13 +113,13 @@ class FairseqReader:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 return load_torch(self.path)
         except CheckpointError as error:
-            other = re.search(r"(?:GLOBAL |class |global )(?P<name>[\w.]+)", str(error.__cause__))
-            if other is None:
+            foreign = re.search(r"GLOBAL (\S+)", str(error.__cause__))
+            if foreign is None:
                 raise
             raise CheckpointError(
-                f"{self.path}: refused, because it holds a {other['name']}, and only tensors, plain containers and "
-                "argparse.Namespace are read; if you trust the file, load it where it was made and save again its "
-                "'model' with 'args' or 'cfg' as a plain dictionary"
+                f"{self.path}: refused, because it holds a {foreign[1]}, and making one could run code; only tensors, "
+                "plain containers and argparse.Namespace are read. If you trust the file, load it with the program "
+                "that wrote it, and save again its 'model', with 'args' or 'cfg' as a plain dictionary"
             ) from error
 
     def check_tied(self, decoder: Tensor, embedding: Tensor, theirs: str, other: str) -> None:
