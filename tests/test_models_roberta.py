@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import models
 import nf4
 from models.linear import Linear, NF4Linear
-from models.roberta import Roberta
+from models.roberta import Roberta, positions_and_mask
 from models.roberta_config import RobertaConfig, roberta_config
 from tests.golden import DATA, GOLDEN, answers
 
@@ -107,6 +107,9 @@ def test_a_row_of_nothing_spoils_no_other_row(head):
     loss = model.loss(input_ids=ids, labels=labels, attention_mask=mask)
     loss.backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+    _, seen = positions_and_mask(ids, mask, PAD)
+    assert seen is not None
+    assert seen.any(dim=-1).all()  # what attention gives for a row of nothing differs between devices
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -133,12 +136,15 @@ def test_the_loss_is_the_mean_over_the_labels_it_counts_and_so_are_its_gradients
 @pytest.mark.parametrize("head", HEADS)
 def test_checkpointed_gradients_are_the_same_with_the_same_dropout(head):
     model, ids = small(head, 0, {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}).train(), text()
-    gradients = []
+    ids[0, 5:] = PAD
+    gradients, runs = [], []
+    model.get_submodule("roberta.encoder.layer.1").register_forward_pre_hook(lambda *_: runs.append(None))
     for model.gradient_checkpointing in (False, True):
         model.zero_grad()
         torch.manual_seed(5)
         model.loss(input_ids=ids, labels=some_labels(head, ids)).backward()
         gradients.append([p.grad for p in model.parameters()])
+    assert len(runs) == 1 + 2  # the second time in backward
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
 
 
@@ -150,6 +156,18 @@ def test_each_dropout_acts_in_training_and_only_there(rate):
     model.train()
     assert not torch.allclose(model(ids), before)
     assert small("classification").train()(ids).equal(before)
+
+
+def test_dropout_stands_where_the_reference_implementation_has_it():
+    model, ids = small("classification", 0, {"hidden_dropout_prob": 0.5, "classifier_dropout": 0.5}).train(), text()
+    places = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    blocks = [f"roberta.encoder.layer.{i}.{half}output.dropout" for i in (0, 1) for half in ("attention.", "")]
+    assert list(places) == ["roberta.embeddings.dropout", *blocks, "classifier.dropout"]
+    runs = []
+    for name, place in places.items():
+        place.register_forward_hook(lambda *_, name=name: runs.append(name))
+    model(ids)
+    assert runs == [*places, "classifier.dropout"]  # before both of its layers
 
 
 def test_the_classifiers_dropout_is_the_blocks_unless_said():
