@@ -79,10 +79,9 @@ class TorchReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.zipped = is_whole_zip(path)
         self.kept: dict[str, Tensor] | None = None
         state = self.load()
-        if not self.zipped:
+        if not is_mapped(path):
             self.kept = state  # the format before torch 1.6 cannot be mapped: it is read once, whole
         self.shapes = {name: tuple(value.shape) for name, value in state.items()}
 
@@ -94,17 +93,7 @@ class TorchReader:
         return str(self.path)
 
     def load(self) -> dict[str, Tensor]:
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.zipped)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{self.path}: refused, because reading it would run code or it is broken "
-                f"({first_line(error)}); use a safetensors copy"
-            ) from error
-        except Exception as error:  # a broken pickle can make torch fail in any way; what it said is passed on
-            raise CheckpointError(
-                f"{self.path}: not a whole torch file ({first_line(error)}); fetch or copy it again"
-            ) from error
+        state = load_torch(self.path)
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path}: holds a {type(state).__name__}, not names and tensors")
         for name, value in state.items():
@@ -117,8 +106,27 @@ class TorchReader:
         return state
 
 
-def is_whole_zip(path: Path) -> bool:
-    """Is this torch's newer format, a zip file? One that would unpack to more than it is, is refused."""
+def load_torch(path: Path) -> Any:
+    """What torch.save wrote, mapped where the format allows; never by running code."""
+    mapped = is_mapped(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, because reading it would run code or it is broken "
+            f"({first_line(error)}); use a safetensors copy"
+        ) from error
+    except Exception as error:  # a broken pickle can make torch fail in any way; what it said is passed on
+        raise CheckpointError(
+            f"{path}: not a whole torch file ({first_line(error)}); fetch or copy it again"
+        ) from error
+
+
+def is_mapped(path: Path) -> bool:
+    """Is it in the format of torch 1.6 and later, a zip, of which single tensors can be read?
+
+    Older files are read whole. A zip that would unpack to more than it is, is refused.
+    """
     regular_file(path)
     try:
         if not zipfile.is_zipfile(path):
@@ -172,7 +180,7 @@ class RenamedReader:
     """Another reader's tensors under the names of a model's parameters.
 
     `rename` gives the parameter that a tensor is for, or None for one to leave out. The parts of a 4-bit weight, as
-    `P.absmax`, go with their P. Of several tensors for one parameter, which are copies of each other, the one
+    `P.absmax`, go with their P. Of several tensors for one parameter, which must be copies of each other, the one
     that has its name is read.
     """
 
@@ -180,12 +188,14 @@ class RenamedReader:
         self.reader = reader
         self.released_dtype = reader.released_dtype
         self.theirs: dict[str, str] = {}
+        self.copies: dict[str, list[str]] = {}  # all tensors for a parameter, the one that is read among them
         for name in reader.shapes:
             owner, dot, part = name.partition(".weight.")
             ours = rename(owner + ".weight" if dot else name)
             if ours is None:
                 continue
             ours += f".{part}" if dot else ""
+            self.copies.setdefault(ours, []).append(name)
             other = self.theirs.get(ours, name)
             if reader.shapes[other] != reader.shapes[name]:
                 raise CheckpointError(
@@ -196,7 +206,14 @@ class RenamedReader:
         self.shapes = {ours: reader.shapes[name] for ours, name in self.theirs.items()}
 
     def read(self, name: str) -> Tensor:
-        return self.reader.read(self.theirs[name])
+        value = self.reader.read(self.theirs[name])
+        for copy in self.copies[name]:
+            if copy != self.theirs[name] and not torch.equal(self.reader.read(copy), value):
+                raise CheckpointError(
+                    f"{self.reader.where(copy)}: {copy} is not a copy of {self.theirs[name]}, though its config "
+                    "means them to be one; untied weights of this kind are not supported"
+                )
+        return value
 
     def where(self, name: str) -> str:
         return self.reader.where(self.theirs[name])
