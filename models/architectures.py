@@ -7,8 +7,8 @@ from models.config_fields import short
 from models.errors import CheckpointError
 from models.llama import build_llama
 from models.model import Model
-from models.t5 import build_t5
 from models.roberta import build_roberta
+from models.t5 import build_t5
 
 # Each takes the config's fields, the file to name in errors, the names of the tensors that are there, and the
 # head and number of labels asked for (None: what the checkpoint holds).

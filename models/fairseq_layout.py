@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.errors import CheckpointError
-from models.readers import is_mapped, load_torch
+from models.readers import check_tensors, is_mapped, load_torch
 
 STEM = r"(?:decoder|encoder)\.sentence_encoder\."
 LAYER = rf"{STEM}layers\.(\d+)\."
@@ -156,7 +156,7 @@ def open_fairseq(path: Path) -> tuple[dict[str, Any], FairseqReader]:
         if len(shapes.get(name, ())) != 2:
             raise CheckpointError(f"{path}: no matrix for {name}; is it a RoBERTa of fairseq?")
         sizes[key] = shapes[name][dimension]
-    layers = (re.match(rf"{re.escape(OURS)}(\d+)\.", name) for name in shapes)
+    layers = (re.match(rf"{re.escape(OURS)}(\d{{1,9}})\.", name) for name in shapes)
     config = {
         "model_type": "roberta",
         **sizes,
@@ -196,9 +196,7 @@ def model_state(saved: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
         found = ", ".join(map(str, saved))[:200] if isinstance(saved, dict) else type(saved).__name__
         raise CheckpointError(f"{path}: has no 'model' with tensors, as fairseq's files do; it holds {found}")
-    bad = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if bad:
-        raise CheckpointError(f"{path}: {bad[0]!r} in 'model' is not a tensor")
+    check_tensors(state, path)
     return state
 
 
@@ -213,4 +211,5 @@ def arguments(saved: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: has neither 'args' nor 'cfg' with a 'model', and nothing else tells the number of attention "
             "heads; save it again with args=argparse.Namespace(encoder_attention_heads=...)"
         )
-    return told
+    plain = str | int | float | bool | None
+    return {str(key): value if isinstance(value, plain) else type(value).__name__ for key, value in told.items()}

@@ -96,13 +96,7 @@ class TorchReader:
         state = load_torch(self.path)
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path}: holds a {type(state).__name__}, not names and tensors")
-        for name, value in state.items():
-            problem = "is not a tensor under a name" if not isinstance(name, str) else unusual(value)
-            if problem:
-                raise CheckpointError(f"{self.path}: {name!r:.80} {problem}; a checkpoint maps names to tensors")
-        total, size = sum(value.nbytes for value in state.values()), self.path.stat().st_size
-        if total > MOST_COPIES * size:
-            raise CheckpointError(f"{self.path}: holds {len(state)} tensors of {total} bytes in {size}; it is broken")
+        check_tensors(state, self.path)
         return state
 
 
@@ -140,6 +134,17 @@ def is_mapped(path: Path) -> bool:
     if unpacked > path.stat().st_size:
         raise CheckpointError(f"{path}: claims to unpack to {unpacked} bytes; torch does not compress, so it is broken")
     return True
+
+
+def check_tensors(state: dict[Any, Any], path: Path) -> None:
+    """Refuse entries of a torch file that are not plain tensors under names, or more than the file can hold."""
+    for name, value in state.items():
+        problem = "is not a tensor under a name" if not isinstance(name, str) else unusual(value)
+        if problem:
+            raise CheckpointError(f"{path}: {name!r:.80} {problem}; a checkpoint maps names to tensors")
+    total, size = sum(value.nbytes for value in state.values()), path.stat().st_size
+    if total > MOST_COPIES * size:
+        raise CheckpointError(f"{path}: holds {len(state)} tensors of {total} bytes in {size}; it is broken")
 
 
 def unusual(value: Any) -> str | None:

@@ -8,9 +8,10 @@ None says that the model fills masks instead: in files the field is often absent
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from models.config import number
+from models.config_fields import number, real, short, size
 from models.errors import CheckpointError
 
+MOST_LABELS = 2**20
 CLASSIFICATION, REGRESSION = "single_label_classification", "regression"
 
 
@@ -111,10 +112,13 @@ def roberta_config(raw: dict[str, Any], where: str) -> RobertaConfig:
         raise CheckpointError(f"{where}: lacks {', '.join(absent)}")
     for name in (*SIZES, "pad_token_id", "bos_token_id"):
         if name in values:
-            values[name] = number(values[name], f"{where}: {name}")
+            read = size if name in SIZES else number
+            values[name] = read(values[name], f"{where}: {name}")
     for name in REALS:
         if isinstance(values.get(name, 0.0), bool) or not isinstance(values.get(name, 0.0), int | float):
             raise CheckpointError(f"{where}: {name} is {values[name]!r}; a number is needed")
+    if "layer_norm_eps" in values:
+        values["layer_norm_eps"] = real(values["layer_norm_eps"], f"{where}: layer_norm_eps")
     eos = values.get("eos_token_id", RobertaConfig.eos_token_id)
     values["eos_token_id"] = tuple(
         number(id, f"{where}: eos_token_id") for id in (eos if isinstance(eos, list | tuple) else [eos])
@@ -132,6 +136,8 @@ def label_names(raw: dict[str, Any], where: str) -> tuple[str, ...]:
         raise CheckpointError(f"{where}: id2label is {table!r:.80}; a name for each of 0, 1, 2, ... is needed")
     count = raw.get("num_labels")
     if count is not None and number(count, f"{where}: num_labels") != len(table):
+        if not 0 <= count <= MOST_LABELS:  # each gets a name
+            raise CheckpointError(f"{where}: num_labels is {short(count)}; at most {MOST_LABELS} can be told apart")
         return numbered_labels(count)
     return tuple(str(table[str(i)]) for i in range(len(table)))
 

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from models.config import number
+from models.config_fields import number, short, size
 from models.errors import CheckpointError
 
 ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu_new"}  # feed_forward_proj, and what newer files add in dense_act_fn
@@ -100,7 +100,8 @@ def t5_config(raw: dict[str, Any], where: str, tensors: Collection[str] = ()) ->
     values["decoder_start_token_id"] = values.get("decoder_start_token_id", values.get("pad_token_id", 0))
     for name in (*COUNTS, "pad_token_id", "decoder_start_token_id"):
         if name in values:
-            values[name] = number(values[name], f"{where}: {name}")
+            read = size if name in SIZES else number
+            values[name] = read(values[name], f"{where}: {name}")
     for name in ("dropout_rate", "layer_norm_epsilon"):
         if name in values:
             values[name] = real(values[name], f"{where}: {name}")
@@ -118,12 +119,14 @@ def t5_config(raw: dict[str, Any], where: str, tensors: Collection[str] = ()) ->
     values["tie_word_embeddings"] = tied and (scaled or HEAD not in tensors)
 
     projection = values.get("feed_forward_proj", "relu")
+    if not isinstance(projection, str):
+        raise CheckpointError(f"{where}: feed_forward_proj is {projection!r:.80}; a name is needed")
     for name, ours in (
         ("is_encoder_decoder", True),
         ("is_decoder", False),
         ("tie_encoder_decoder", False),
         ("dense_act_fn", ACTIVATIONS.get(projection)),
-        ("is_gated_act", str(projection).startswith("gated-")),
+        ("is_gated_act", projection.startswith("gated-")),
     ):
         if projection in ACTIVATIONS and raw.get(name) not in (None, ours):
             raise CheckpointError(f"{where}: {name} is {raw[name]!r}; only a T5 with {ours!r} can be loaded here")
@@ -138,6 +141,6 @@ def flag(raw: dict[str, Any], name: str, where: str) -> bool | None:
 
 
 def real(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CheckpointError(f"{where} is {value!r}; a number is needed")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2.0**1000:
+        raise CheckpointError(f"{where} is {short(value)}; a finite number is needed")
     return float(value)

@@ -253,7 +253,7 @@ def test_several_classification_heads_are_refused_by_name(tmp_path):
             r"layer\.1\.intermediate\.dense\.weight \[9, 64\], expected",
         ),
         ({f"{STEM}layers.3.fc1.bias": torch.zeros(128)}, r"missing: roberta\.encoder\.layer\.2\.attention"),
-        ({f"{STEM}layers.0.fc2.bias": "text"}, r"layers\.0\.fc2\.bias' in 'model' is not a tensor"),
+        ({f"{STEM}layers.0.fc2.bias": "text"}, r"layers\.0\.fc2\.bias' is not a tensor"),
         (head("odd", 3, width=32), r"classifier\.dense\.weight \[32, 64\], expected \[64, 64\]"),
     ],
 )

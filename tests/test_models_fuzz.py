@@ -4,9 +4,11 @@ exception, and never a wait.
 Each file starts as a good one. Its JSON gets other values in places, or its bytes are changed, cut or doubled.
 """
 
+import argparse
 import contextlib
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,32 @@ def test_a_config_with_other_values(checkpoint, case, changes):
     raw = json.loads((GOLDEN / case / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(edited(raw, changes)))
     survives(lambda: models.load(checkpoint))
+
+
+@fuzz
+@given(changes=edits())
+@pytest.mark.parametrize("case", ["t5-v1_0", "t5-v1_1", "roberta-mlm", "roberta-classify"])
+def test_the_config_of_another_architecture_with_other_values(tmp_path, case, changes):
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / case / file, tmp_path)
+    raw = json.loads((GOLDEN / case / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(edited(raw, changes)))
+    survives(lambda: models.load(tmp_path))
+
+
+@fuzz
+@given(changes=edits())
+def test_a_fairseq_file_with_other_arguments(tmp_path, changes):
+    saved = fairseq_file()
+    cfg = {"model": edited(dict(vars(saved["args"])), changes)}
+    torch.save({"model": saved["model"], "cfg": cfg}, tmp_path / "model.pt")
+    survives(lambda: models.load(tmp_path / "model.pt"))
+
+
+@cache
+def fairseq_file() -> dict[str, Any]:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(GOLDEN / "roberta-fairseq" / "model.pt", weights_only=True)
 
 
 @fuzz
