@@ -20,7 +20,7 @@ from models.loralib import loralib_file, read_loralib
 from models.peft_config import peft_config, read_peft_config
 from models.peft_names import PREFIX, released_name
 from models.readers import Reader, RenamedReader, SafetensorsReader, TorchReader
-from models.tied_head import refuse_untied, tied_heads
+from models.tied_head import refuse_untied, tied_heads, with_tied_heads
 from models.whole import trained_parameter
 
 FILES = (("adapter_model.safetensors", SafetensorsReader), ("adapter_model.bin", TorchReader))
@@ -31,8 +31,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
     Adapters with NaN or infinity are refused: whoever finds them later has lost the training that made them.
     """
-    trained = adapter_tensors(model)
-    trained |= {head: trained[name].clone() for head, name in tied_heads(model, trained).items()}
+    trained = with_tied_heads(model, adapter_tensors(model))
     tensors = {PREFIX + name: t.cpu().contiguous() for name, t in trained.items()}
     if not tensors:
         raise ValueError("the model has no adapters; attach_lora makes them")

@@ -5,16 +5,22 @@ in the file; otherwise it trains the embedding and leaves the head as it was. Th
 parameter cannot be: such a file is refused.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.errors import CheckpointError
 from models.model import Model
 from models.readers import Reader
 
 HEADS = ("lm_head.weight", "lm_head.decoder.weight")
+
+
+def with_tied_heads(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file has to hold where these tensors, by the model's names, are to be written: heads as well."""
+    heads = {head: tensors[name].clone() for head, name in tied_heads(model, tensors).items()}
+    return {**tensors, **heads}
 
 
 def tied_heads(model: nn.Module, parameters: Collection[str]) -> dict[str, str]:
