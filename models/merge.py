@@ -23,7 +23,7 @@ from models.compare import Comparison, answers, compare, random_probe, text_prob
 from models.device import pick_device, pick_dtype
 from models.errors import CheckpointError, ConfigError, DataError
 from models.lazy import load_lazily
-from models.merging import MergedLayer, merge_checkpoint, own_original, refuse_used
+from models.merging import FLOATS, MergedLayer, merge_checkpoint, own_original, refuse_used
 from models.model import Model
 from models.precision import parts_in_memory, statement
 from models.target import LoadOptions, Target, resolve
@@ -138,8 +138,9 @@ def noise_source(model: Model, base: str | None) -> str | None:
     original = own_original(model)
     if original is None:
         return None
-    kinds = sorted({original.stored(name).kind for name in original.shapes if len(original.shapes[name]) > 1})
-    return f"{model.source} ({', '.join(kinds)})"
+    kinds = {original.stored(name).kind for name in original.shapes if len(original.shapes[name]) > 1}
+    rounded = ", itself rounded" if kinds - FLOATS else ""
+    return f"{model.source} ({', '.join(sorted(kinds))}{rounded})"
 
 
 def layer_table(layers: Sequence[MergedLayer], noise_of: str | None) -> "Table":

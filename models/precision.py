@@ -2,21 +2,29 @@
 
 The class of a module decides. A `models.linear.Linear` of a block may be stored in few bits, because it is most
 of the model and because an adapter beside it can learn around the rounding. Everything else keeps the precision that
-the model computes in; `PARTS` says why.
+the model computes in; `PARTS` says why. The bytes are counted for a loaded model and for one on disk.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
+from models.checkpoint import Source, matched, open_checkpoint, skeleton
+from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
 from models.model import Model
 from models.readers import dtype_name
+from nf4.storage import read_state
 
 QUANTIZED = "quantized linears"
 ADAPTERS = "adapters"
+SCALES = "scales"
+TABLES = "tables"  # a file repeats the codebook for every weight; it is the format's, not the weight's
 PARTS = {
     QUANTIZED: "nearly all weights are here, and an adapter beside each can learn around the rounding",
     "block linears": "not quantized in this model",
@@ -43,8 +51,9 @@ class Part:
 
     @property
     def bits_per_weight(self) -> float:
-        """All that is stored for the part, for each of its numbers; 0 for a part without any."""
-        return 8 * sum(self.nbytes.values()) / self.parameters if self.parameters else 0.0
+        """What is stored for each of the part's numbers, tables aside; 0 for a part without any."""
+        own = sum(nbytes for kind, nbytes in self.nbytes.items() if kind != TABLES)
+        return 8 * own / self.parameters if self.parameters else 0.0
 
     def add(self, parameters: int, nbytes: dict[str, int]) -> None:
         """Count one more parameter of the model."""
@@ -83,11 +92,40 @@ def parts_in_memory(model: Model) -> Parts:
         if isinstance(module, NF4Linear) and leaf == "weight":
             q = module.quantized
             codes = q.packed.nbytes
-            parts[QUANTIZED].add(q.numel, {f"{q.config.codebook} codes": codes, "scales": q.nbytes - codes})
+            parts[QUANTIZED].add(q.numel, {f"{q.config.codebook} codes": codes, SCALES: q.nbytes - codes})
         elif not (isinstance(module, NF4Linear) and leaf == "absmax_codes"):
             kind = dtype_name(parameter.dtype)
             parts[part_of(model, name)].add(parameter.numel(), {kind: parameter.nbytes})
     return parts
+
+
+def parts_on_disk(model: Model, source: Source) -> Parts:
+    """What a model takes in its file, of which little more than headers is read; `model` may be without memory."""
+    parts = Parts()
+    for name, parameter in model.named_parameters():
+        if name in source.stored:
+            codebook, _ = stored_format(name, source)
+            nbytes: dict[str, int] = {}
+            for tensor in source.stored[name]:
+                kind = SCALES if tensor.endswith("absmax") else TABLES
+                kind = f"{codebook} codes" if tensor == name else kind
+                nbytes[kind] = nbytes.get(kind, 0) + source.reader.stored(tensor).nbytes
+            parts[QUANTIZED].add(parameter.numel(), nbytes)
+        elif name not in source.fresh:
+            kind, size = source.reader.stored(name)
+            parts[part_of(model, name)].add(parameter.numel(), {kind: size})
+    return parts
+
+
+def stored_format(name: str, source: Source) -> tuple[str, dict[str, Any]]:
+    """The codebook of a 4-bit weight and the rest of its record, the one tensor that is read."""
+    nothing = torch.empty(0)
+    record = {part: source.reader.read(part) if ".quant_state." in part else nothing for part in source.stored[name]}
+    try:
+        _, codebook, state = read_state(record, name)
+    except ValueError as error:
+        raise CheckpointError(f"{source.reader.where(name)}: {error}") from error
+    return codebook, state
 
 
 def part_of(model: nn.Module, name: str) -> str:
@@ -114,22 +152,22 @@ def plain_name(name: str) -> str:
 
 
 def statement(parts: Parts) -> str:
-    """What is stored in few bits and what is not and why, in a few lines."""
-    quantized = parts[QUANTIZED]
+    """What is stored in few bits and what is not, and why: a line for each part."""
     lines = []
-    if quantized.tensors:
-        codebook = next(kind.removesuffix(" codes") for kind in quantized.nbytes if kind.endswith(" codes"))
-        lines.append(
-            f"in {codebook}, {quantized.bits_per_weight:.3f} bits per weight: {quantized.tensors} linear layers of the "
-            f"blocks, {short(quantized.parameters)} weights ({PARTS[QUANTIZED]})"
-        )
-    rest: dict[str, list[str]] = {}
     for part in parts:
-        if part is not quantized:
-            described = f"{part.name}, {short(part.parameters)} ({PARTS[part.name]})"
-            rest.setdefault(" and ".join(part.nbytes), []).append(described)
-    lines += [f"in {kinds}: {'; '.join(described)}" for kinds, described in rest.items()]
+        kinds = " and ".join(kind for kind in part.nbytes if kind not in (SCALES, TABLES))
+        stored = f"in {kinds}"
+        if part.name == QUANTIZED:
+            stored = f"in {kinds.replace(' codes', '')}, {part.bits_per_weight:.3f} bits each"
+        lines.append(f"{part.name}: {short(part.parameters)} weights {stored}; {PARTS[part.name]}")
     return "\n".join(lines)
+
+
+def statement_on_disk(path: str | Path) -> str:
+    """The same of a checkpoint."""
+    raw, reader, where = open_checkpoint(path)
+    model = skeleton(raw, where, reader)
+    return statement(parts_on_disk(model, matched(model, reader)))
 
 
 def short(count: int) -> str:

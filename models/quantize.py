@@ -16,6 +16,7 @@ import nf4
 from models.checkpoint import open_checkpoint, skeleton, stream
 from models.device import pick_device, pick_dtype
 from models.errors import ConfigError
+from models.precision import statement_on_disk
 from models.tokenizer import load_tokenizer, save_tokenizer
 from models.writer import CheckpointWriter
 from nf4 import QuantConfig, QuantizedTensor
@@ -76,6 +77,7 @@ def command(options: QuantizeOptions, console: "Console") -> dict[str, Any]:
     console.print(table)
     size = sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors"))
     console.print(f"{len(layers)} layers in 4 bits; {size / 1e6:.1f} MB in {options.out}")
+    console.print(statement_on_disk(options.out))
     return {"out": options.out, "bytes": size, "layers": [asdict(layer) for layer in layers]}
 
 
