@@ -30,7 +30,7 @@ class Comparison:
     """Share of positions where both have the same most likely answer."""
 
 
-def compare(first: Float[Tensor, "*rows V"], second: Float[Tensor, "*rows V"]) -> Comparison:
+def compare(first: Float[Tensor, "*rows V"], second: Float[Tensor, "..."]) -> Comparison:
     """Compare logits position by position, in float64.
 
     A single number for each row is a regression's answer: it counts as the mean of a normal distribution of variance

@@ -7,6 +7,7 @@ whole quantization error comes back as a difference (0.41 and 0.28 nats): the ad
 that this merge is another model, and not necessarily a better one.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -76,6 +77,7 @@ def command(options: MergeOptions, console: "Console") -> dict[str, Any]:
     target = resolve(options.target, options.load)
     tokenizer = load_tokenizer(target.base)
     model = load_merging(target, options.load)
+    probe = random_probe(model, options.seed) if text is None else text_probe(model, tokenizer, text)
     dtype, noise_of = getattr(torch, options.dtype), noise_source(model, options.base)
     console.print(f"{target.adapter} on {target.base}\n{statement(parts_in_memory(model))}")
     layers = merge_checkpoint(model, options.out, options.base, dtype, byte_count(options.shard_size), tokenizer)
@@ -83,7 +85,6 @@ def command(options: MergeOptions, console: "Console") -> dict[str, Any]:
     console.print(layer_table(layers, noise_of))
     console.print(f"{size / 1e6:.1f} MB in {options.out}: {options.base or 'the decoded base'} with the adapter")
 
-    probe = random_probe(model, options.seed) if text is None else text_probe(model, tokenizer, text)
     device, before = model.device, answers(in_float32(model), probe)
     del model  # so that the two are never in memory together
     result = compare(before, answers(load_lazily(options.out, torch.float32, device), probe))
@@ -96,7 +97,9 @@ def command(options: MergeOptions, console: "Console") -> dict[str, Any]:
         "bytes": size,
         "base": options.base or "decoded",
         "noise_against": noise_of,
-        "comparison": {**asdict(result), "probe": options.text or f"random tokens, seed {options.seed}"},
+        # JSON has no NaN or infinity, which a broken checkpoint may give.
+        "comparison": {name: value if math.isfinite(value) else None for name, value in asdict(result).items()},
+        "probe": options.text or f"random tokens, seed {options.seed}",
         "max_kl": bound,
         "within": result.mean_kl <= bound,
         "layers": [{**asdict(layer), "relative": layer.relative, "ratio": layer.ratio} for layer in layers],
@@ -125,7 +128,7 @@ def load_merging(target: Target, options: LoadOptions) -> Model:
 
 def in_float32(model: Model) -> Model:
     """The same model with float32 activations; what is trained in another dtype than it computes in is settled."""
-    for module in model.modules():
+    for module in list(model.modules()):
         for leaf in list(getattr(module, "parametrizations", ())):
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
     return model.float()

@@ -88,7 +88,7 @@ def merge_checkpoint(
             else:
                 weight = other.read(name).to(model.device)
             layer = layers.get(name.removesuffix(".weight"))
-            if layer is not None and name.endswith(".weight"):
+            if layer is not None:
                 assert layer.lora_A is not None
                 base_weight = weight.float()
                 weight = merged(base_weight, layer)
@@ -154,7 +154,7 @@ def base_reader(model: Model, base: str | Path) -> RenamedReader:
         raise CheckpointError(f"{where}: the base is {kind!r}, but the adapter is for {ours!r}")
     renamed = RenamedReader(reader, model.parameter_named)
     stored = stored_in_4_bits(renamed)
-    rounded = [*stored, *(name for name in renamed.shapes if renamed.stored(name).kind not in FLOATS)]
+    rounded = sorted(stored) or [name for name in renamed.shapes if renamed.stored(name).kind not in FLOATS]
     if rounded:
         raise CheckpointError(
             f"{renamed.where(rounded[0])}: {rounded[0]} is quantized ({renamed.stored(rounded[0]).kind}); --base takes "
