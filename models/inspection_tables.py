@@ -105,8 +105,8 @@ def block_table(blocks: dict[str, dict[str, AdapterLayer]]) -> "Table":
     owners = [block.split(".")[:-1] for block in blocks]
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))
     prefix = "".join(f"{parts[0]}." for parts in shared)
-    table = columns(f"{prefix}*", *kinds)
-    table.title = "norm of s B A"
+    table = columns("block", *kinds)
+    table.title = f"norm of s B A in {prefix or 'each block'}"
     for block, row in blocks.items():
         table.add_row(block.removeprefix(prefix), *(f"{row[kind].delta:.3g}" if kind in row else "" for kind in kinds))
     return table

@@ -13,7 +13,7 @@ import nf4
 import qlora
 from models.compare import answers, compare, random_probe, text_probe
 from models.lazy import load_lazily
-from models.linear import Linear
+from models.linear import AdaptableLinear, Linear, NF4Linear
 from models.lora import adapted_layers
 from models.merge import byte_count
 from models.merging import merge_checkpoint
@@ -49,6 +49,23 @@ def adapter(model, tmp_path_factory):
     return directory
 
 
+def delta(layer: AdaptableLinear):
+    """What the adapter adds to the weight."""
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
+    return layer.scaling * (layer.lora_B.weight @ layer.lora_A.weight)
+
+
+def base_of(layer: AdaptableLinear):
+    return nf4.dequantize(layer.quantized, torch.float32) if isinstance(layer, NF4Linear) else layer.weight.float()
+
+
+def layer_of(model, name: str) -> AdaptableLinear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, AdaptableLinear)
+    return layer
+
+
 def merge(*arguments, code=0):
     assert qlora.main(["merge", *map(str, arguments)]) == code
 
@@ -73,9 +90,9 @@ def test_every_tensor_is_the_merged_one_rounded_once(source, dtype, tmp_path):
 def test_a_merged_layer_is_its_base_and_the_product_of_its_adapter(quant, tmp_path):
     model = adapted(quant=quant)
     merge_checkpoint(model, tmp_path / "m", dtype=torch.float16)
-    layer = model.get_submodule("model.layers.1.mlp.down_proj")
-    base = nf4.dequantize(layer.quantized, torch.float32) if quant else layer.weight.float()
-    expected = base + 2.0 * layer.lora_B.weight @ layer.lora_A.weight  # alpha / rank = 2
+    layer = layer_of(model, "model.layers.1.mlp.down_proj")
+    assert layer.scaling == 2.0  # alpha / rank
+    expected = base_of(layer) + delta(layer)
     written = load_file(tmp_path / "m" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert torch.equal(written, expected.half())
 
@@ -89,9 +106,7 @@ def test_with_a_base_the_weights_are_the_original_ones_and_the_adapters_are_adde
     for name, weight in original.items():
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
-            assert layer.lora_A is not None
-            assert layer.lora_B is not None
-            weight = weight + layer.scaling * (layer.lora_B.weight @ layer.lora_A.weight)
+            weight = weight + delta(layer)
         assert torch.equal(written[name], weight.bfloat16()), name
 
 
@@ -143,11 +158,10 @@ def test_the_account_of_a_layer_is_that_of_its_definition(tmp_path):
     original = load_file(BASE / "model.safetensors")
     assert len(report) == 14
     for name, layer in adapted_layers(model):
-        decoded = nf4.dequantize(layer.quantized, torch.float32)
-        change = layer.scaling * (layer.lora_B.weight @ layer.lora_A.weight)
-        found = report[name]
+        decoded, found = base_of(layer), report[name]
+        assert found.noise is not None
         assert found.rank == 4
-        assert found.signal == pytest.approx(change.norm().item(), rel=1e-4)
+        assert found.signal == pytest.approx(delta(layer).norm().item(), rel=1e-4)
         assert found.weight == pytest.approx(decoded.norm().item(), rel=1e-4)
         assert found.noise == pytest.approx((original[f"{name}.weight"] - decoded).norm().item(), rel=1e-4)
         assert found.ratio == pytest.approx(found.signal / found.noise)
@@ -203,6 +217,7 @@ def test_a_probe_is_the_same_for_a_seed_holds_no_padding_and_fits_the_model():
     assert torch.equal(probe, random_probe(model, seed=3))
     assert not torch.equal(probe, random_probe(model, seed=4))
     assert not bool((probe == 5).any())
+    assert model.max_tokens is not None
     assert probe.shape[1] <= model.max_tokens
     assert int(probe.max()) < model.config.vocab_size
 
@@ -382,8 +397,7 @@ def test_an_adapter_that_took_something_out_of_its_base_is_merged_into_no_other(
 
 def test_weights_beyond_float16_are_refused(tmp_path):
     model = adapted()
-    layer = model.get_submodule("model.layers.0.mlp.up_proj")
-    layer.scaling = 1e7
+    layer_of(model, "model.layers.0.mlp.up_proj").scaling = 1e7
     with pytest.raises(models.CheckpointError, match=r"up_proj\.weight has no finite values as torch\.float16"):
         merge_checkpoint(model, tmp_path / "m", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
