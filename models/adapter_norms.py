@@ -8,17 +8,18 @@ which does not say what alpha was.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.adapter import lora_config, released_name
+from models.adapter import released_name
 from models.errors import CheckpointError
-from models.lora import LoraConfig
-from models.readers import Reader, SafetensorsReader, TorchReader
+from models.readers import Reader, SafetensorsReader, TorchReader, read_json
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,29 @@ class AdapterLayer:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What an adapter_config.json says that the norms depend on."""
+
+    alpha: float
+    alpha_pattern: dict[str, float]
+    rslora: bool
+    dora: bool
+    init: str | bool | None
+
+    def scaling(self, name: str, rank: int) -> float:
+        """s of the layer that is called `name`; of several patterns that fit, PEFT takes the first."""
+        fitting = (a for key, a in self.alpha_pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name))
+        return next(fitting, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+@dataclass(frozen=True)
 class SavedAdapter:
     """An adapter on disk."""
 
     form: str
     file: str
-    config: LoraConfig | None
-    """None where the file comes without one."""
+    settings: Settings | None
+    """None where the file comes without any."""
     layers: list[AdapterLayer]
     whole: dict[str, tuple[int, ...]]
     """Shapes of the tensors beside A and B: magnitudes of DoRA, and modules that were trained whole."""
@@ -70,13 +87,40 @@ def read_adapter(path: Path) -> SavedAdapter:
     if not file.exists() and (directory / "adapter_model.bin").exists():
         file = directory / "adapter_model.bin"
     reader = TorchReader(file) if file.suffix == ".bin" else SafetensorsReader(file)
-    ends = (".lora_A.weight", ".lora_A.default.weight")
-    layers = [released_name(name).removesuffix(ends[0]) for name in reader.shapes if name.endswith(ends)]
-    config = lora_config(directory / "adapter_config.json", sorted(layers))
-    return summary("PEFT's directory", file, reader, ends[0], config)
+    return summary("PEFT's directory", file, reader, ".lora_A.weight", read_settings(directory / "adapter_config.json"))
 
 
-def summary(form: str, file: Path, reader: Reader, end: str, config: LoraConfig | None) -> SavedAdapter:
+def read_settings(path: Path) -> Settings:
+    """The settings of an adapter whose model need not be known."""
+    raw = read_json(path)
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r:.80}; LORA is what can be read")
+    pattern = raw.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise CheckpointError(f"{path}: alpha_pattern is {pattern!r:.80}; layers with their alphas are needed")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise CheckpointError(
+                f"{path}: alpha_pattern: {key!r:.80} is not a regular expression ({error})"
+            ) from error
+    return Settings(
+        alpha=finite(raw.get("lora_alpha"), f"{path}: lora_alpha"),
+        alpha_pattern={key: finite(alpha, f"{path}: alpha_pattern: {key}") for key, alpha in pattern.items()},
+        rslora=bool(raw.get("use_rslora")),
+        dora=bool(raw.get("use_dora")),
+        init=raw.get("init_lora_weights"),
+    )
+
+
+def finite(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CheckpointError(f"{where} is {value!r:.80}; a finite number is needed")
+    return float(value)
+
+
+def summary(form: str, file: Path, reader: Reader, end: str, settings: Settings | None) -> SavedAdapter:
     """What the file holds; `end` is how the names of A end there."""
     names = {released_name(name): name for name in reader.shapes}
     of_a = [name for name in names if name.endswith(end)]
@@ -91,7 +135,7 @@ def summary(form: str, file: Path, reader: Reader, end: str, config: LoraConfig 
             raise CheckpointError(
                 f"{file}: A and B of {owner} are {list(a.shape)} and {list(b.shape)}, which do not multiply"
             )
-        scaling = None if config is None else config.size(owner)[1]
+        scaling = None if settings is None else settings.scaling(owner, len(a))
         layers.append(AdapterLayer(owner, len(a), scaling, norm(a), norm(b), product_norm(b, a) * (scaling or 1.0)))
     if not layers:
         raise CheckpointError(f"{file}: holds no adapter; none of its {len(names)} tensors ends in {end}")
@@ -103,7 +147,7 @@ def summary(form: str, file: Path, reader: Reader, end: str, config: LoraConfig 
     return SavedAdapter(
         form=form,
         file=str(file),
-        config=config,
+        settings=settings,
         layers=layers,
         whole={name: reader.shapes[names[name]] for name in names if name not in paired},
         parameters=sum(math.prod(shape) for shape in reader.shapes.values()),

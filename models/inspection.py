@@ -122,7 +122,7 @@ def layout(where: str, files: set[str]) -> str:
 
 def adapter_summary(adapter: SavedAdapter) -> dict[str, Any]:
     """Form, settings and norms of a saved adapter."""
-    config = adapter.config
+    settings = adapter.settings
     ranks = sorted({layer.rank for layer in adapter.layers})
     return {
         "kind": "adapter",
@@ -132,8 +132,8 @@ def adapter_summary(adapter: SavedAdapter) -> dict[str, Any]:
         "bytes": sum(adapter.nbytes.values()),
         "types": adapter.nbytes,
         "ranks": ranks,
-        "alpha": None if config is None else config.alpha,
-        "config": None if config is None else asdict(config),
+        "alpha": None if settings is None else settings.alpha,
+        "settings": None if settings is None else asdict(settings),
         "targets": sorted({layer.name.rpartition(".")[2] for layer in adapter.layers}),
         "others": {name: list(shape) for name, shape in adapter.whole.items()},
         "layers": [asdict(layer) for layer in adapter.layers],

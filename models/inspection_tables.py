@@ -63,7 +63,7 @@ def adapter(found: dict[str, Any]) -> list["RenderableType"]:
         f"rank {ranks}, {scale}; {len(layers)} layers: {', '.join(found['targets'])}",
         f"{found['parameters']:,} parameters in {found['bytes'] / 1e6:,.2f} MB ({', '.join(found['types'])})",
     ]
-    used = [name for name in ("dora", "rslora") if (found["config"] or {}).get(name)]
+    used = [name for name in ("dora", "rslora") if (found["settings"] or {}).get(name)]
     if used:
         blocks.append(f"with {' and '.join(used)}")
     if found["others"]:

@@ -49,12 +49,6 @@ class LoraConfig:
         if not self.target_modules:
             raise ValueError("lora: target_modules is empty; name layers, or give 'all-linear'")
 
-    def size(self, name: str) -> tuple[int, float]:
-        """Rank and scaling of the adapter of the layer that is called `name`."""
-        rank = int(matching(self.rank_pattern, name, self.rank))
-        alpha = matching(self.alpha_pattern, name, self.alpha)
-        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
-
 
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,12 +60,14 @@ def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
     layers = targeted_layers(model, config)
     model.requires_grad_(False)
     for name, layer in layers.items():
-        rank, layer.scaling = config.size(name)
+        rank = int(matching(config.rank_pattern, name, config.rank))
+        alpha = matching(config.alpha_pattern, name, config.alpha)
         place = {"device": layer.weight.device, "dtype": ADAPTER_DTYPES[config.dtype]}
         layer.lora_A = nn.Linear(layer.in_features, rank, bias=False, **place)
         layer.lora_B = nn.Linear(rank, layer.out_features, bias=False, **place)
         nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(layer.lora_B.weight)
+        layer.scaling = alpha / (math.sqrt(rank) if config.rslora else rank)
         layer.dropout, layer.lora_config = config.dropout, config
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import models
 import nf4
 import qlora
-from models.adapter_norms import AdapterLayer, by_block, product_norm
+from models.adapter_norms import AdapterLayer, Settings, by_block, product_norm
 from models.linear import AdaptableLinear
 from models.readers import SafetensorsReader, TorchReader
 from tests import tiny
@@ -286,6 +286,30 @@ def test_an_adapter_file_that_is_not_whole_is_refused(tmp_path, capsys):
     assert "do not multiply" in inspected(capsys, tmp_path, code=4)
     save_file({"x": whole}, tmp_path / "adapter_model.safetensors")
     assert "holds no adapter" in inspected(capsys, tmp_path, code=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern: q_proj is None"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is [1]"),
+        ({"alpha_pattern": {"(": 1}}, "is not a regular expression"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(change, message, tmp_path, capsys):
+    config = json.loads((GOLDEN / "lora" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    (tmp_path / "adapter_model.safetensors").write_bytes((GOLDEN / "lora" / "adapter_model.safetensors").read_bytes())
+    assert message in inspected(capsys, tmp_path, code=4)
+
+
+def test_of_several_alphas_that_fit_the_first_counts():
+    settings = Settings(16.0, {"layers.1.mlp.up_proj": 8.0, "up_proj": 4.0}, False, False, True)
+    assert settings.scaling("model.layers.1.mlp.up_proj", 4) == 2.0
+    assert settings.scaling("model.layers.11.mlp.up_proj", 4) == 1.0
+    assert settings.scaling("model.layers.1.self_attn.q_proj", 4) == 4.0
 
 
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, capsys):
