@@ -9,6 +9,7 @@ which does not say what alpha was.
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.adapter import released_name
 from models.errors import CheckpointError
 from models.readers import Reader, SafetensorsReader, TorchReader, read_json
+
+# A layer's name and which of the two it is: PEFT's with its prefix, and the adapter's name in it, or plain.
+PART = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?(?:\.weight)?")
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,13 @@ def read_adapter(path: Path) -> SavedAdapter:
     """Read the tensors one layer at a time."""
     peft = path.is_dir() or path.name.startswith("adapter_")
     if not peft:
-        return summary("microsoft/LoRA's file", path, TorchReader(path), ".lora_A", None)
+        return summary("microsoft/LoRA's file", path, TorchReader(path), None)
     directory = path if path.is_dir() else path.parent
     file = directory / "adapter_model.safetensors"
     if not file.exists() and (directory / "adapter_model.bin").exists():
         file = directory / "adapter_model.bin"
     reader = TorchReader(file) if file.suffix == ".bin" else SafetensorsReader(file)
-    return summary("PEFT's directory", file, reader, ".lora_A.weight", read_settings(directory / "adapter_config.json"))
+    return summary("PEFT's directory", file, reader, read_settings(directory / "adapter_config.json"))
 
 
 def read_settings(path: Path) -> Settings:
@@ -120,38 +123,44 @@ def finite(value: Any, where: str) -> float:
     return float(value)
 
 
-def summary(form: str, file: Path, reader: Reader, end: str, settings: Settings | None) -> SavedAdapter:
-    """What the file holds; `end` is how the names of A end there."""
-    names = {released_name(name): name for name in reader.shapes}
-    of_a = [name for name in names if name.endswith(end)]
-    other = end.replace("lora_A", "lora_B")
-    layers = []
-    for name in of_a:
-        owner = name.removesuffix(end)
-        if owner + other not in names:
-            raise CheckpointError(f"{file}: {owner} has an A but no B; the file is not whole")
-        a, b = reader.read(names[name]), reader.read(names[owner + other])
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise CheckpointError(
-                f"{file}: A and B of {owner} are {list(a.shape)} and {list(b.shape)}, which do not multiply"
-            )
-        scaling = None if settings is None else settings.scaling(owner, len(a))
-        layers.append(AdapterLayer(owner, len(a), scaling, norm(a), norm(b), product_norm(b, a) * (scaling or 1.0)))
-    if not layers:
-        raise CheckpointError(f"{file}: holds no adapter; none of its {len(names)} tensors ends in {end}")
-    paired = {owner + e for owner in (layer.name for layer in layers) for e in (end, other)}
-    nbytes: dict[str, int] = {}
-    for name in reader.shapes:
+def summary(form: str, file: Path, reader: Reader, settings: Settings | None) -> SavedAdapter:
+    """What the file holds, one layer read at a time."""
+    pairs: dict[str, dict[str, str]] = {}
+    whole, nbytes = {}, Counter[str]()
+    for name, shape in reader.shapes.items():
         kind, size = reader.stored(name)
-        nbytes[kind] = nbytes.get(kind, 0) + size
+        nbytes[kind] += size
+        match = PART.fullmatch(name)
+        if match is None:
+            whole[name.removeprefix("base_model.model.")] = shape
+        else:
+            pairs.setdefault(match[1], {})[match[2]] = name
+    if not pairs:
+        raise CheckpointError(f"{file}: holds no adapter; none of its {len(whole)} tensors is a lora_A or lora_B")
     return SavedAdapter(
         form=form,
         file=str(file),
         settings=settings,
-        layers=layers,
-        whole={name: reader.shapes[names[name]] for name in names if name not in paired},
+        layers=[layer_norms(name, pair, reader, settings) for name, pair in pairs.items()],
+        whole=whole,
         parameters=sum(math.prod(shape) for shape in reader.shapes.values()),
-        nbytes=nbytes,
+        nbytes=dict(nbytes),
+    )
+
+
+def layer_norms(name: str, pair: dict[str, str], reader: Reader, settings: Settings | None) -> AdapterLayer:
+    where = reader.where(next(iter(pair.values())))
+    if len(pair) < 2:
+        raise CheckpointError(f"{where}: {name} has only lora_{next(iter(pair))} of its two; the file is not whole")
+    a, b = reader.read(pair["A"]), reader.read(pair["B"])
+    if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+        raise CheckpointError(
+            f"{where}: A and B of {name} are {list(a.shape)} and {list(b.shape)}, which do not multiply"
+        )
+    rank = len(a)
+    scaling = None if settings is None else settings.scaling(name, rank)
+    return AdapterLayer(
+        name, rank, scaling, norm(a), norm(b), product_norm(b, a) * (1.0 if scaling is None else scaling)
     )
 
 

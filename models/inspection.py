@@ -115,9 +115,10 @@ def layout(where: str, files: set[str]) -> str:
         return "Meta's consolidated parts"
     if where.endswith(".gguf"):
         return "GGUF"
-    suffixes = sorted({Path(file).suffix.removeprefix(".") for file in files})
-    kind = f"{' and '.join(suffixes)}, {len(files)} files" if len(files) > 1 else suffixes[0]
-    return f"released names ({kind})" if where.endswith("config.json") else f"one {kind} with weights and settings"
+    suffixes = " and ".join(sorted({Path(file).suffix for file in files}))
+    if not where.endswith("config.json"):
+        return f"{suffixes} file with weights and settings"
+    return f"released names ({suffixes}{f', {len(files)} files' if len(files) > 1 else ''})"
 
 
 def adapter_summary(adapter: SavedAdapter) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from models.adapter_norms import AdapterLayer, by_block
+from models.checkpoint import shortened
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -19,10 +20,10 @@ def show(found: dict[str, Any], console: "Console") -> None:
 
 
 def checkpoint(found: dict[str, Any]) -> list["RenderableType"]:
-    sizes = ", ".join(f"{name} {value}" for name, value in found["sizes"].items())
+    task, sizes = found["task"], ", ".join(f"{name} {value}" for name, value in found["sizes"].items())
     blocks: list[RenderableType] = [
         f"{found['path']}: {found['layout']}",
-        f"{found['architecture']} ({found['task'] or 'no task'}): {sizes}",
+        f"{found['architecture']}{f' ({task})' if task else ''}: {sizes}",
         f"{found['parameters']:,} parameters in {found['bytes'] / 1e6:,.1f} MB: "
         f"{found['bits_per_weight']:.3f} bits per weight",
         "tensors by type: " + ", ".join(f"{count} {kind}" for kind, count in found["types"].items()),
@@ -67,7 +68,7 @@ def adapter(found: dict[str, Any]) -> list["RenderableType"]:
     if used:
         blocks.append(f"with {' and '.join(used)}")
     if found["others"]:
-        blocks.append(f"{len(found['others'])} tensors beside A and B: {', '.join(found['others'])}")
+        blocks.append(f"{len(found['others'])} tensors beside A and B: {shortened(list(found['others']), 4)}")
     table = by_block(layers)
     return [*blocks, type_table(table), block_table(table)]
 

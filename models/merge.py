@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 from torch.nn.utils import parametrize
 from tyro.conf import Positional
 
@@ -130,7 +131,9 @@ def in_float32(model: Model) -> Model:
     """The same model with float32 activations; what is trained in another dtype than it computes in is settled."""
     for module in list(model.modules()):
         for leaf in list(getattr(module, "parametrizations", ())):
-            parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+            value = getattr(module, leaf).detach()
+            parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     return model.float()
 
 

@@ -27,7 +27,7 @@ SCALES = "scales"
 TABLES = "tables"  # a file repeats the codebook for every weight; it is the format's, not the weight's
 PARTS = {
     QUANTIZED: "nearly all weights are here, and an adapter beside each can learn around the rounding",
-    "block linears": "not quantized in this model",
+    "block linears": "not quantized here, but what 4 bits are for",
     "biases": "one vector a layer: nothing to save",
     "embeddings": "a row is looked up as it is, with no adapter beside it",
     "norms": "one vector each: nothing to save, and an error would scale every token alike",

@@ -38,7 +38,7 @@ def test_every_layout_is_told_with_its_counts(name, tmp_path, capsys):
     path = layout(name, tmp_path)
     found = inspected(capsys, path)
     count = sum(p.numel() for p in models.load(path).parameters())
-    kinds = {"raw": "Meta's consolidated parts", "bin": "(bin", "sharded": "2 files", "": "released names"}
+    kinds = {"raw": "Meta's consolidated parts", "bin": "(.bin", "sharded": "2 files", "": "released names"}
     assert next(text for key, text in kinds.items() if key in name) in found["layout"]
     assert found["kind"] == "checkpoint"
     assert found["architecture"] == "LlamaForCausalLM"
@@ -281,7 +281,7 @@ def test_an_adapter_file_that_is_not_whole_is_refused(tmp_path, capsys):
     name = next(name for name in tensors if "lora_B" in name)
     whole = tensors.pop(name)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    assert "has an A but no B" in inspected(capsys, tmp_path, code=4)
+    assert "has only lora_A of its two" in inspected(capsys, tmp_path, code=4)
     save_file({**tensors, name: whole[:, :-1].contiguous()}, tmp_path / "adapter_model.safetensors")
     assert "do not multiply" in inspected(capsys, tmp_path, code=4)
     save_file({"x": whole}, tmp_path / "adapter_model.safetensors")

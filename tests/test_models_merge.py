@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrize
 
 import models
 import models.merging
@@ -15,7 +16,7 @@ from models.compare import answers, compare, random_probe, text_probe
 from models.lazy import load_lazily
 from models.linear import AdaptableLinear, Linear, NF4Linear
 from models.lora import adapted_layers
-from models.merge import byte_count
+from models.merge import byte_count, in_float32
 from models.merging import merge_checkpoint
 from models.writer import CheckpointWriter
 from tests import tiny
@@ -118,6 +119,25 @@ def test_a_module_that_was_trained_whole_comes_from_the_adapter_and_not_from_the
         head.add_(1.0)
     merge_checkpoint(model, tmp_path / "m", base=BASE)
     assert torch.equal(load_file(tmp_path / "m" / "model.safetensors")["lm_head.weight"], head)
+
+
+def test_what_is_trained_in_a_wider_dtype_is_merged_and_compared_as_the_model_computes_with_it(tmp_path):
+    class Rounded(torch.nn.Module):
+        def forward(self, wide):
+            return wide.bfloat16()
+
+    model = adapted()
+    wide = model.get_parameter("lm_head.weight").float() + 1e-4
+    head = model.get_submodule("lm_head")
+    setattr(head, "weight", torch.nn.Parameter(wide))
+    parametrize.register_parametrization(head, "weight", Rounded(), unsafe=True)
+    merge_checkpoint(model, tmp_path / "m", dtype=torch.float16)
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"], wide.bfloat16().half())
+    assert not any("parametrizations" in name for name in written)
+    settled = in_float32(model)
+    assert torch.equal(settled.get_parameter("lm_head.weight"), wide.bfloat16().float())
+    assert settled(torch.arange(4)[None]).dtype == torch.float32
 
 
 def test_shards_are_of_the_size_asked_and_hold_the_same_tensors(tmp_path):
