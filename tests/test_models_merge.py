@@ -129,7 +129,7 @@ def test_what_is_trained_in_a_wider_dtype_is_merged_and_compared_as_the_model_co
     model = adapted()
     wide = model.get_parameter("lm_head.weight").float() + 1e-4
     head = model.get_submodule("lm_head")
-    setattr(head, "weight", torch.nn.Parameter(wide))
+    head.weight = torch.nn.Parameter(wide)
     parametrize.register_parametrization(head, "weight", Rounded(), unsafe=True)
     merge_checkpoint(model, tmp_path / "m", dtype=torch.float16)
     written = load_file(tmp_path / "m" / "model.safetensors")
