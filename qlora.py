@@ -22,11 +22,13 @@ VERBS = {
     "demo": Verb("train.demo", "DemoOptions", "command", "the main job on a real model and real data"),
     "doctor": Verb("kernels.doctor", "DoctorOptions", "command", "what this machine has, with a self-test"),
     "quantize": Verb("models.quantize", "QuantizeOptions", "command", "raw checkpoint to NF4 safetensors"),
+    "inspect": Verb("models.inspection", "InspectOptions", "command", "what a checkpoint, an adapter or a run is"),
     "train": Verb("train.finetune", "TrainOptions", "command", "fine-tune adapters on a quantized base"),
     "export": Verb("models.export", "ExportOptions", "command", "adapter, 4-bit checkpoint or GGUF for other tools"),
     "generate": Verb("models.writing", "GenerateOptions", "generate_command", "write on from a prompt"),
     "chat": Verb("models.writing", "ChatOptions", "chat_command", "talk with a model or a run"),
     "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),
+    "merge": Verb("models.merge", "MergeOptions", "command", "base and adapter to one 16-bit checkpoint"),
     "bench": Verb("benchmarks.command", "BenchOptions", "command", "speed and memory, beside others' and targets"),
     "plot": Verb("train.plot", "PlotOptions", "command", "loss and learning-rate plots of runs"),
 }
@@ -61,6 +63,8 @@ def run(name: str, arguments: list[str]) -> int:
         result = getattr(module, verb.function)(options, console)
     except Refusal as refusal:
         print(f"qlora {name}: {refusal}", file=sys.stderr)
+        if refusal.report is not None and "--json" in arguments:
+            print(json.dumps(refusal.report))
         return refusal.exit_code
     except torch.OutOfMemoryError as error:
         print(f"qlora {name}: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)

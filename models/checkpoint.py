@@ -15,7 +15,7 @@ heads are dense. config.json just has to name a method that is read here.
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +75,10 @@ def stream(
 ) -> Iterator[tuple[str, Tensor | QuantizedTensor, Tensor | None]]:
     """Every parameter of the model as (name, what to store, the dense weight if it was quantized here)."""
     model.check_dtype(dtype)
-    reader = RenamedReader(reader, model.parameter_named)
-    stored = stored_in_4_bits(reader)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
-    absent = {name: model.initial(name, shape) for name, shape in expected.items() if name not in reader.shapes}
-    fresh = {name: value for name, value in absent.items() if value is not None}
-    check_names({n: shape for n, shape in expected.items() if n not in fresh}, reader, stored)
-    for name, shape in expected.items():
+    source = matched(model, reader)
+    reader, stored, fresh = source.reader, source.stored, source.fresh
+    linears = linear_weights(model)
+    for name, shape in {name: tuple(p.shape) for name, p in model.named_parameters()}.items():
         try:
             if name in fresh:
                 yield name, fresh[name].to(device, dtype), None
@@ -103,6 +99,34 @@ def stream(
             raise
         except ValueError as error:
             raise CheckpointError(f"{reader.where(name)}: {error}") from error
+
+
+class Source(NamedTuple):
+    """Where each of a model's parameters comes from."""
+
+    reader: RenamedReader
+    """The file's tensors under the names of the parameters."""
+    stored: dict[str, list[str]]
+    """The weights that the file has in few bits, each with the names of all tensors that make it up."""
+    fresh: dict[str, Tensor]
+    """What parameters start from that the file lacks."""
+
+
+def matched(model: Model, reader: Reader) -> Source:
+    """The source of every parameter, nothing read yet; a file that does not fit the model is refused."""
+    renamed = RenamedReader(reader, model.parameter_named)
+    stored = stored_in_4_bits(renamed)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    absent = {name: model.initial(name, shape) for name, shape in expected.items() if name not in renamed.shapes}
+    fresh = {name: value for name, value in absent.items() if value is not None}
+    needed = {name: shape for name, shape in expected.items() if name not in fresh}
+    check_names(needed, renamed, stored)
+    return Source(renamed, stored, fresh)
+
+
+def linear_weights(model: Model) -> set[str]:
+    """The parameters that may be stored in few bits."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
 def place(model: Model, name: str, value: Tensor | QuantizedTensor) -> None:

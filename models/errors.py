@@ -4,11 +4,15 @@ They are ValueErrors, so a library caller needs to know none of them. Their text
 what came, and what to do.
 """
 
+from typing import Any
+
 
 class Refusal(ValueError):
     """Input that cannot be used as given."""
 
     exit_code: int = 2
+    report: dict[str, Any] | None = None
+    """What was found out before the refusal; `--json` prints it."""
 
 
 class ConfigError(Refusal):

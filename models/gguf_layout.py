@@ -16,6 +16,7 @@ from models.config_fields import real, size
 from models.errors import CheckpointError
 from models.gguf_header import GgufHeader, read_gguf_header
 from models.meta_layout import half_rotation_order
+from models.readers import Stored
 from models.rope import inverse_frequencies
 
 NAMES = (
@@ -53,6 +54,10 @@ class GgufReader:
         weight = self.header.read(self.names[name])
         heads = self.heads.get(name.split(".")[-2])
         return half_rotation_order(weight, heads) if heads else weight
+
+    def stored(self, name: str) -> Stored:
+        tensor = self.header.tensors[self.names[name]]
+        return Stored(tensor.kind.name, tensor.nbytes)
 
     def where(self, name: str) -> str:
         return str(self.header.path)

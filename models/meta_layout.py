@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.config_fields import real, size
 from models.errors import CheckpointError
-from models.readers import TorchReader, read_json
+from models.readers import Stored, TorchReader, read_json
 
 # Their name, ours, and the dimension along which parts are joined (None: each part holds the whole).
 NAMES = (
@@ -65,6 +65,11 @@ class MetaReader:
             whole = torch.cat([whole] + [part.read(theirs) for part in self.parts[1:]], dim=dim)
         heads = self.heads.get(name.split(".")[-2])
         return half_rotation_order(whole, heads) if heads else whole
+
+    def stored(self, name: str) -> Stored:
+        theirs, dim = self.rows[name]
+        parts = [part.stored(theirs) for part in (self.parts if dim is not None else self.parts[:1])]
+        return Stored(parts[0].kind, sum(part.nbytes for part in parts))
 
     def where(self, name: str) -> str:
         return str(self.parts[0].path)

@@ -18,6 +18,7 @@ from models.checkpoint import open_checkpoint, skeleton, stream
 from models.device import pick_device, pick_dtype
 from models.errors import CheckpointError, ConfigError
 from models.model import Model
+from models.precision import statement_on_disk
 from models.tokenizer import load_tokenizer, save_tokenizer
 from models.writer import CheckpointWriter, leaf, quantization_config, unknown_to_others
 from nf4 import QuantConfig, QuantizedTensor
@@ -78,6 +79,7 @@ def command(options: QuantizeOptions, console: "Console") -> dict[str, Any]:
     console.print(table)
     size = sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors"))
     console.print(f"{len(layers)} layers in 4 bits; {size / 1e6:.1f} MB in {options.out}")
+    console.print(statement_on_disk(options.out))
     return {"out": options.out, "bytes": size, "layers": [asdict(layer) for layer in layers]}
 
 

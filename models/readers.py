@@ -10,8 +10,9 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,14 @@ from models.errors import CheckpointError
 
 MOST_COPIES = 8  # tied embeddings stand under several names with one storage
 LARGEST_JSON = 256 * 2**20
+
+
+class Stored(NamedTuple):
+    """How a file holds a tensor."""
+
+    kind: str
+    """Its type: torch's name of a dtype (bfloat16), or GGUF's of a format (Q4_K)."""
+    nbytes: int
 
 
 @runtime_checkable
@@ -36,9 +45,29 @@ class Reader(Protocol):
         """One tensor, on the CPU."""
         ...
 
+    def stored(self, name: str) -> Stored:
+        """How the file holds a tensor, which takes no reading of it."""
+        ...
+
     def where(self, name: str) -> str:
         """The file that holds a tensor, for error messages."""
         ...
+
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class SafetensorsReader:
@@ -49,12 +78,20 @@ class SafetensorsReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self.opened() as f:
-            self.shapes = {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+            slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118
+            self.shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
+            self.types = {name: piece.get_dtype() for name, piece in slices.items()}
             self.metadata: dict[str, str] = f.metadata() or {}
 
     def read(self, name: str) -> Tensor:
         with self.opened() as f:
             return f.get_tensor(name).clone()  # not a view of the file, which may change or vanish
+
+    def stored(self, name: str) -> Stored:
+        dtype = SAFETENSORS_DTYPES.get(self.types[name])
+        if dtype is None:
+            raise CheckpointError(f"{self.path}: {name} is of type {self.types[name]}, which is not known here")
+        return Stored(dtype_name(dtype), prod(self.shapes[name]) * dtype.itemsize)
 
     def where(self, name: str) -> str:
         return str(self.path)
@@ -84,10 +121,15 @@ class TorchReader:
         if not is_mapped(path):
             self.kept = state  # the format before torch 1.6 cannot be mapped: it is read once, whole
         self.shapes = {name: tuple(value.shape) for name, value in state.items()}
+        self.dtypes = {name: value.dtype for name, value in state.items()}
 
     def read(self, name: str) -> Tensor:
         state = self.load() if self.kept is None else self.kept
         return state[name].detach().clone()
+
+    def stored(self, name: str) -> Stored:
+        dtype = self.dtypes[name]
+        return Stored(dtype_name(dtype), prod(self.shapes[name]) * dtype.itemsize)
 
     def where(self, name: str) -> str:
         return str(self.path)
@@ -177,6 +219,9 @@ class ShardedReader:
     def read(self, name: str) -> Tensor:
         return self.owner[name].read(name)
 
+    def stored(self, name: str) -> Stored:
+        return self.owner[name].stored(name)
+
     def where(self, name: str) -> str:
         return self.owner[name].where(name)
 
@@ -219,6 +264,9 @@ class RenamedReader:
                     "means them to be one; untied weights of this kind are not supported"
                 )
         return value
+
+    def stored(self, name: str) -> Stored:
+        return self.reader.stored(self.theirs[name])
 
     def where(self, name: str) -> str:
         return self.reader.where(self.theirs[name])
@@ -294,3 +342,7 @@ def regular_file(path: Path) -> None:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from eval.held_out import held_out_loss
 from models import ConfigError, Llama, Refusal, attach_lora, load, save_adapter
 from models.device import pick_device, pick_dtype
 from models.llama import causal
+from models.precision import parts_in_memory, statement
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.batches import Batches
 from train.data import Dataset, load_data, padding_id, preview
@@ -106,6 +107,7 @@ def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
         f"{manifest['held_out']} held out, {manifest['dropped']} dropped; "
         f"{manifest['label_share']:.0%} of {manifest['tokens']:,} tokens are learned"
     )
+    console.print(statement(parts_in_memory(finetuning.model)))
     result = finetuning.train()
     directory = str(finetuning.run.directory)
     for evaluation in (result.evaluations[0], result.evaluations[-1]) if result.evaluations else ():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from models import Model
-from models.linear import NF4Linear
+from models.precision import QUANTIZED, parts_in_memory
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,15 @@ class Footprint:
 
 def footprint(model: Model, states_per_parameter: int = 2) -> Footprint:
     """Count the bytes of a model with adapters; Adam keeps two states for each trained parameter."""
-    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    stored = [layer.quantized for layer in layers]
-    codes = {id(p) for layer in layers for p in (layer.weight, layer.absmax_codes) if p is not None}
-    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    weights = sum(q.numel for q in stored)
-    quantized = sum(q.nbytes for q in stored)
-    rest = sum(p.nbytes for p in model.parameters() if not p.requires_grad and id(p) not in codes)
-    float32 = torch.float32.itemsize
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = parts_in_memory(model)
+    quantized = sum(parts[QUANTIZED].nbytes.values())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapters = sum(p.nbytes for p in trained)
     return Footprint(
         quantized=quantized,
-        bits_per_weight=8 * quantized / weights if weights else 0.0,
-        rest=rest,
+        bits_per_weight=parts[QUANTIZED].bits_per_weight,
+        rest=parts.nbytes - quantized - adapters,
         adapters=adapters,
         gradients=adapters,
-        optimizer=states_per_parameter * float32 * trained,
+        optimizer=states_per_parameter * torch.float32.itemsize * sum(p.numel() for p in trained),
     )

@@ -1,0 +1,123 @@
+"""What `qlora inspect` found, as a person reads it."""
+
+from itertools import takewhile
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from models.adapter_norms import AdapterLayer, by_block
+from models.checkpoint import shortened
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+
+def show(found: dict[str, Any], console: "Console") -> None:
+    """Print a checkpoint, an adapter or a run."""
+    blocks = {"checkpoint": checkpoint, "adapter": adapter, "run": run}[found["kind"]]
+    for block in blocks(found):
+        console.print(block, soft_wrap=isinstance(block, str))
+
+
+def checkpoint(found: dict[str, Any]) -> list["RenderableType"]:
+    task, sizes = found["task"], ", ".join(f"{name} {value}" for name, value in found["sizes"].items())
+    blocks: list[RenderableType] = [
+        f"{found['path']}: {found['layout']}",
+        f"{found['architecture']}{f' ({task})' if task else ''}: {sizes}",
+        f"{found['parameters']:,} parameters in {found['bytes'] / 1e6:,.1f} MB: "
+        f"{found['bits_per_weight']:.3f} bits per weight",
+        "tensors by type: " + ", ".join(f"{count} {kind}" for kind, count in found["types"].items()),
+    ]
+    for quant in found["quantization"]:
+        nested = f", scales in 8 bits (blocks of {quant['nested_block_size']})" if quant["double_quant"] else ""
+        blocks.append(
+            f"{quant['layers']} layers in {quant['codebook']}, blocks of {quant['block_size']}{nested}; their error is "
+            "not known without the original (`qlora quantize` and `qlora merge --base` measure it)"
+        )
+    if found["fresh"]:
+        blocks.append(f"not in the file, made anew on loading: {', '.join(found['fresh'])}")
+    table = columns("part", "tensors", "parameters", "stored as", "MB", "bits/weight")
+    for part in found["parts"]:
+        for i, (kind, nbytes) in enumerate(part["nbytes"].items()):
+            first = (part["name"], f"{part['tensors']:,}", f"{part['parameters']:,}") if i == 0 else ("", "", "")
+            bits = f"{part['bits_per_weight']:.3f}" if i == 0 else ""
+            table.add_row(*first, kind, f"{nbytes / 1e6:,.2f}", bits)
+    blocks += [table, found["precision"]]
+    if "tensors" in found:
+        listed = columns("tensor", "shape", "type")
+        for name, tensor in found["tensors"].items():
+            listed.add_row(name, "×".join(map(str, tensor["shape"])), tensor["type"])
+        blocks.append(listed)
+    return blocks
+
+
+def adapter(found: dict[str, Any]) -> list["RenderableType"]:
+    layers = [AdapterLayer(**layer) for layer in found["layers"]]
+    ranks = ", ".join(map(str, found["ranks"]))
+    scalings = sorted({layer.scaling for layer in layers if layer.scaling is not None})
+    if scalings:
+        scale = f"alpha {found['alpha']:g}, scaling {', '.join(f'{s:g}' for s in scalings)}"
+    else:
+        scale = "alpha is not in the file, so the norms are without the scaling"
+    blocks: list[RenderableType] = [
+        f"{found['path']}: adapter ({found['layout']})",
+        f"rank {ranks}, {scale}; {len(layers)} layers: {', '.join(found['targets'])}",
+        f"{found['parameters']:,} parameters in {found['bytes'] / 1e6:,.2f} MB ({', '.join(found['types'])})",
+    ]
+    used = [name for name in ("dora", "rslora") if (found["settings"] or {}).get(name)]
+    if used:
+        blocks.append(f"with {' and '.join(used)}")
+    if found["others"]:
+        blocks.append(f"{len(found['others'])} tensors beside A and B: {shortened(list(found['others']), 4)}")
+    table = by_block(layers)
+    return [*blocks, type_table(table), block_table(table)]
+
+
+def run(found: dict[str, Any]) -> list["RenderableType"]:
+    quant = found["quant"]
+    stored = f"{quant['codebook']}, blocks of {quant['block_size']}" if quant else "not quantized"
+    blocks: list[RenderableType] = [
+        f"{found['path']}: run, {found['status'] or 'without a STATUS'}, {found['steps']} steps",
+        f"base {found['base']}{'' if found['base_is_there'] else ' (not there any more)'}, {stored}",
+    ]
+    for name, key in (("last training loss", "loss"), ("last held-out loss", "held_out_loss")):
+        if found[key] is not None:
+            blocks.append(f"{name} {found[key]:.4f}")
+    if found["adapter"] is None:
+        return [*blocks, "no adapter yet"]
+    return [*blocks, *adapter(found["adapter"])]
+
+
+def type_table(blocks: dict[str, dict[str, AdapterLayer]]) -> "Table":
+    """Means over the layers of each type."""
+    table = columns("mean norms", "layers", "A", "B", "s B A", "largest s B A")
+    kinds = {kind: None for row in blocks.values() for kind in row}
+    for kind in kinds:
+        group = [row[kind] for row in blocks.values() if kind in row]
+        values = (mean(x.a for x in group), mean(x.b for x in group), mean(x.delta for x in group))
+        largest = max(layer.delta for layer in group)
+        table.add_row(kind, str(len(group)), *(f"{value:.4g}" for value in (*values, largest)))
+    return table
+
+
+def block_table(blocks: dict[str, dict[str, AdapterLayer]]) -> "Table":
+    """||s B A|| of every layer, a row for each block."""
+    kinds = list(dict.fromkeys(kind for row in blocks.values() for kind in row))
+    owners = [block.split(".")[:-1] for block in blocks]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False))
+    prefix = "".join(f"{parts[0]}." for parts in shared)
+    table = columns("block", *kinds)
+    table.title = f"norm of s B A in {prefix or 'each block'}"
+    for block, row in blocks.items():
+        table.add_row(block.removeprefix(prefix), *(f"{row[kind].delta:.3g}" if kind in row else "" for kind in kinds))
+    return table
+
+
+def columns(first: str, *rest: str) -> "Table":
+    from rich.table import Table
+
+    table = Table()
+    table.add_column(first, overflow="fold")
+    for name in rest:
+        table.add_column(name, justify="right", overflow="fold")
+    return table

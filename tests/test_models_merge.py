@@ -1,0 +1,446 @@
+"""Merging: what is written, that it is what the model with its adapter does, and what happens where it is not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrize
+
+import models
+import models.merging
+import nf4
+import qlora
+from models.compare import answers, compare, random_probe, text_probe
+from models.lazy import load_lazily
+from models.linear import AdaptableLinear, Linear, NF4Linear
+from models.lora import adapted_layers
+from models.merge import byte_count, in_float32
+from models.merging import merge_checkpoint
+from models.writer import CheckpointWriter
+from tests import tiny
+from tests.golden import GOLDEN
+
+BASE = GOLDEN / "llama-gqa"
+TIED = GOLDEN / "llama3-rope-tied"
+BIASED = GOLDEN / "llama-headdim-bias"
+
+
+def adapted(source=BASE, quant: nf4.QuantConfig | None = nf4.QuantConfig(), std=0.1, dtype=torch.bfloat16):
+    """A checkpoint in 4 bits, with adapters that do something."""
+    torch.manual_seed(0)
+    model = models.load(source, quant, dtype)
+    models.attach_lora(model, models.LoraConfig(rank=4, alpha=8.0))
+    for _, layer in adapted_layers(model):
+        assert layer.lora_B is not None
+        torch.nn.init.normal_(layer.lora_B.weight, std=std)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("adapter")
+    models.save_adapter(adapted(model, dtype=torch.float32), directory)
+    return directory
+
+
+def delta(layer: AdaptableLinear):
+    """What the adapter adds to the weight."""
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
+    return layer.scaling * (layer.lora_B.weight @ layer.lora_A.weight)
+
+
+def base_of(layer: AdaptableLinear):
+    return nf4.dequantize(layer.quantized, torch.float32) if isinstance(layer, NF4Linear) else layer.weight.float()
+
+
+def layer_of(model, name: str) -> AdaptableLinear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, AdaptableLinear)
+    return layer
+
+
+def merge(*arguments, code=0):
+    assert qlora.main(["merge", *map(str, arguments)]) == code
+
+
+# What is written
+
+
+@pytest.mark.parametrize("source", [BASE, TIED, BIASED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_tensor_is_the_merged_one_rounded_once(source, dtype, tmp_path):
+    model = adapted(source)
+    merge_checkpoint(model, tmp_path / "m", dtype=dtype)
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    expected = model.float()
+    models.merge_adapter(expected)
+    assert written.keys() == dict(expected.named_parameters()).keys()
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(written[name], parameter.detach().to(dtype)), name
+
+
+@pytest.mark.parametrize("quant", [None, nf4.QuantConfig()])
+def test_a_merged_layer_is_its_base_and_the_product_of_its_adapter(quant, tmp_path):
+    model = adapted(quant=quant)
+    merge_checkpoint(model, tmp_path / "m", dtype=torch.float16)
+    layer = layer_of(model, "model.layers.1.mlp.down_proj")
+    assert layer.scaling == 2.0  # alpha / rank
+    expected = base_of(layer) + delta(layer)
+    written = load_file(tmp_path / "m" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(written, expected.half())
+
+
+def test_with_a_base_the_weights_are_the_original_ones_and_the_adapters_are_added(tmp_path):
+    model, original = adapted(), load_file(BASE / "model.safetensors")
+    merge_checkpoint(model, tmp_path / "m", base=BASE)
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    layers = dict(adapted_layers(model))
+    assert written.keys() == original.keys()
+    for name, weight in original.items():
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is not None:
+            weight = weight + delta(layer)
+        assert torch.equal(written[name], weight.bfloat16()), name
+
+
+def test_a_module_that_was_trained_whole_comes_from_the_adapter_and_not_from_the_base(tmp_path):
+    model = adapted()
+    head = model.get_parameter("lm_head.weight")
+    head.requires_grad_()
+    with torch.no_grad():
+        head.add_(1.0)
+    merge_checkpoint(model, tmp_path / "m", base=BASE)
+    assert torch.equal(load_file(tmp_path / "m" / "model.safetensors")["lm_head.weight"], head)
+
+
+def test_what_is_trained_in_a_wider_dtype_is_merged_and_compared_as_the_model_computes_with_it(tmp_path):
+    class Rounded(torch.nn.Module):
+        def forward(self, wide):
+            return wide.bfloat16()
+
+    model = adapted()
+    wide = model.get_parameter("lm_head.weight").float() + 1e-4
+    head = model.get_submodule("lm_head")
+    head.weight = torch.nn.Parameter(wide)
+    parametrize.register_parametrization(head, "weight", Rounded(), unsafe=True)
+    merge_checkpoint(model, tmp_path / "m", dtype=torch.float16)
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(written["lm_head.weight"], wide.bfloat16().half())
+    assert not any("parametrizations" in name for name in written)
+    settled = in_float32(model)
+    assert torch.equal(settled.get_parameter("lm_head.weight"), wide.bfloat16().float())
+    assert settled(torch.arange(4)[None]).dtype == torch.float32
+
+
+def test_shards_are_of_the_size_asked_and_hold_the_same_tensors(tmp_path):
+    model = adapted()
+    merge_checkpoint(model, tmp_path / "one")
+    merge_checkpoint(model, tmp_path / "many", shard_bytes=40_000)
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3
+    assert all(file.stat().st_size < 45_000 for file in files)
+    one, many = (dict(models.load(tmp_path / name).named_parameters()) for name in ("one", "many"))
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == one.keys()
+
+
+def test_no_more_than_a_shard_waits_and_only_one_layer_is_decoded_at_a_time(tmp_path, monkeypatch):
+    waiting, decoded, limit = [], [], 40_000
+    add, dequantize = CheckpointWriter.add, models.merging.kernels.dequantize
+
+    def watched(writer, name, value):
+        add(writer, name, value)
+        waiting.append(sum(t.nbytes for t in writer.pending.values()))
+        assert len(decoded) <= 1
+        decoded.clear()
+
+    monkeypatch.setattr(CheckpointWriter, "add", watched)
+    monkeypatch.setattr(models.merging.kernels, "dequantize", lambda *a: decoded.append(a) or dequantize(*a))
+    model = adapted()
+    model.source = None  # else the noise decodes a layer once more
+    merge_checkpoint(model, tmp_path / "m", shard_bytes=limit)
+    assert len(waiting) == 21
+    assert max(waiting) <= limit
+
+
+def test_the_account_of_a_layer_is_that_of_its_definition(tmp_path):
+    model = adapted()
+    report = {layer.name: layer for layer in merge_checkpoint(model, tmp_path / "m")}
+    original = load_file(BASE / "model.safetensors")
+    assert len(report) == 14
+    for name, layer in adapted_layers(model):
+        decoded, found = base_of(layer), report[name]
+        assert found.noise is not None
+        assert found.rank == 4
+        assert found.signal == pytest.approx(delta(layer).norm().item(), rel=1e-4)
+        assert found.weight == pytest.approx(decoded.norm().item(), rel=1e-4)
+        assert found.noise == pytest.approx((original[f"{name}.weight"] - decoded).norm().item(), rel=1e-4)
+        assert found.ratio == pytest.approx(found.signal / found.noise)
+        assert found.relative == pytest.approx(found.signal / found.weight)
+
+
+def test_without_an_original_the_noise_is_not_known_unless_a_base_is_named(tmp_path):
+    models.save(models.load(BASE, nf4.QuantConfig()), tmp_path / "q")
+    model = adapted(tmp_path / "q", None)
+    assert {layer.noise for layer in merge_checkpoint(model, tmp_path / "a")} == {None}
+    again = merge_checkpoint(model, tmp_path / "b", base=BASE)
+    assert all(layer.noise is not None and layer.noise > 0 for layer in again)
+
+
+# Comparing
+
+
+def test_a_divergence_is_that_of_its_definition():
+    p, q = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    found = compare(p, q)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=p.double()), torch.distributions.Categorical(logits=q.double())
+    )
+    assert found.positions == 15
+    assert found.mean_kl == pytest.approx(expected.mean().item())
+    assert found.max_kl == pytest.approx(expected.max().item())
+    assert found.max_logit_difference == pytest.approx((p - q).abs().max().item())
+    assert found.argmax_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+
+
+def test_equal_logits_do_not_diverge_and_nan_never_passes():
+    p = torch.randn(40, 9) * 30
+    assert compare(p, p).max_kl == 0.0
+    q = p.clone()
+    q[3, 2] = float("nan")
+    assert not compare(p, q).mean_kl <= 1e9
+    assert compare(p, q).max_logit_difference == float("inf")
+
+
+def test_answers_of_a_regression_diverge_by_half_their_squared_difference():
+    assert compare(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]])).mean_kl == pytest.approx(1.0)
+
+
+def test_logits_of_other_shapes_are_not_compared():
+    with pytest.raises(ValueError, match="cannot be compared"):
+        compare(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_a_probe_is_the_same_for_a_seed_holds_no_padding_and_fits_the_model():
+    model = models.load(TIED)
+    model.config = type(model.config)(**{**vars(model.config), "pad_token_id": 5})
+    probe = random_probe(model, seed=3)
+    assert torch.equal(probe, random_probe(model, seed=3))
+    assert not torch.equal(probe, random_probe(model, seed=4))
+    assert not bool((probe == 5).any())
+    assert model.max_tokens is not None
+    assert probe.shape[1] <= model.max_tokens
+    assert int(probe.max()) < model.config.vocab_size
+
+
+def test_a_text_is_cut_into_whole_rows(model):
+    loaded, tokenizer = models.load(model), models.load_tokenizer(model)
+    ids = tokenizer.encode("It is red. " * 20)
+    assert text_probe(loaded, tokenizer, "It is red. " * 20).flatten().tolist() == ids[:128]
+    assert text_probe(loaded, tokenizer, "It is").tolist() == [tokenizer.encode("It is")]
+
+
+def test_an_encoder_decoder_is_asked_to_write_what_it_reads():
+    class Echo(models.Model):
+        config = type("Config", (), {"decoder_start_token_id": 0})
+        device = torch.device("cpu")
+
+        def forward(self, ids, mask, decoder_ids):
+            return torch.stack([ids, decoder_ids], -1).float()
+
+    found = answers(Echo(), torch.tensor([[5, 6, 7]]))
+    assert found.tolist() == [[[5, 0], [6, 5], [7, 6]]]
+
+
+@pytest.mark.parametrize("source", [BASE, TIED, BIASED])
+def test_a_model_read_lazily_answers_alike_and_keeps_no_layer(source):
+    lazy, ids = load_lazily(source, torch.float32), torch.arange(24).view(2, 12)
+    assert torch.equal(lazy(ids), models.load(source, dtype=torch.float32)(ids))
+    layers = [m for m in lazy.modules() if isinstance(m, Linear)]
+    assert len(layers) == 14
+    assert all(layer.weight.is_meta for layer in layers)
+
+
+def test_a_layer_read_lazily_is_the_only_one_in_memory():
+    lazy, present = load_lazily(BASE, torch.float32), []
+    layers = [m for m in lazy.modules() if isinstance(m, Linear)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: present.append(sum(not m.weight.is_meta for m in layers)))
+    lazy(torch.arange(5)[None])
+    assert present == [1] * 14
+
+
+def test_a_quantized_checkpoint_is_not_read_lazily(tmp_path):
+    models.save(models.load(BASE, nf4.QuantConfig()), tmp_path / "q")
+    with pytest.raises(models.CheckpointError, match="is quantized"):
+        load_lazily(tmp_path / "q")
+
+
+# The command
+
+
+def test_the_command_merges_a_run_and_finds_it_the_same(model, tmp_path, capsys):
+    data = tiny.records(tmp_path / "colours.jsonl")
+    run = tmp_path / "run"
+    flags = "--max-steps 3 --batch-size 2 --lora.rank 4 --data.max-len 96 --optimizer.learning-rate 1e-2 --quiet"
+    train = ["train", "--model", str(model), "--data.path", str(data), "--out", str(run), *flags.split()]
+    assert qlora.main(train) == 0
+    assert "embeddings:" in capsys.readouterr().out  # what stays in 16 bits is said before training
+    merge(run, tmp_path / "m", "--shard-size", "100KB", "--json")
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["within"]
+    assert 0 < found["comparison"]["mean_kl"] < 1e-3
+    assert found["comparison"]["positions"] == 512
+    assert len(found["layers"]) == 14
+    assert "KL divergence" in captured.err
+    assert "norms:" in captured.err
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    merged, tokenizer = models.load(tmp_path / "m"), models.load_tokenizer(tmp_path / "m")
+    assert merged.dtype == torch.bfloat16
+    assert tokenizer.encode("It is red.") == models.load_tokenizer(model).encode("It is red.")
+
+
+def test_the_command_takes_a_checkpoint_with_an_adapter_a_base_and_a_text(model, adapter, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("It is red and small. " * 30)
+    flags = ["--load.adapter", adapter, "--load.quantize", "True", "--base", model, "--text", text, "--json"]
+    merge(model, tmp_path / "m", *flags, "--dtype", "float16")
+    found = json.loads(capsys.readouterr().out)
+    assert found["base"] == str(model)
+    assert found["probe"] == str(text)
+    assert found["max_kl"] == 1.0
+    assert found["comparison"]["mean_kl"] > 1e-5  # the quantization error shows
+    assert models.load(tmp_path / "m", dtype=torch.float16).config.vocab_size == models.load(model).config.vocab_size
+
+
+def test_a_checkpoint_that_is_not_quantized_has_no_noise(model, adapter, tmp_path, capsys):
+    merge(model, tmp_path / "m", "--load.adapter", adapter)
+    assert "the base is not quantized" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_a_wrong_merge_is_found_kept_and_ends_with_exit_code_4(model, adapter, tmp_path, capsys, monkeypatch):
+    right = models.merging.merged
+
+    def wrong(base, layer):
+        return right(base, layer) * (0.5 if layer.out_features == 128 else 1.0)
+
+    monkeypatch.setattr(models.merging, "merged", wrong)
+    merge(model, tmp_path / "m", "--load.adapter", adapter, "--json", code=4)
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert not found["within"]
+    assert found["comparison"]["mean_kl"] > found["max_kl"] == 0.002
+    assert f"The files are kept in {tmp_path / 'm'}" in captured.err
+    assert models.load(tmp_path / "m")
+
+
+def test_a_merge_that_is_not_finite_is_never_within_tolerance(model, adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("models.merge.answers", lambda *_: torch.full((2, 3), float("nan")))
+    merge(model, tmp_path / "m", "--load.adapter", adapter, "--max-kl", "100", "--json", code=4)
+    assert json.loads(capsys.readouterr().out)["comparison"]["mean_kl"] is None
+
+
+def test_the_bound_is_the_users(model, adapter, tmp_path, capsys):
+    merge(model, tmp_path / "m", "--load.adapter", adapter, "--max-kl", "0", code=4)
+    assert "--max-kl allows 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failing", ["models.writer.save_file", "models.merging.save_tokenizer"])
+def test_a_failure_on_the_way_leaves_nothing(failing, tmp_path, monkeypatch):
+    def fails(*_args, **_kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(failing, fails)
+    with pytest.raises(OSError, match="No space"):
+        merge_checkpoint(adapted(), tmp_path / "m", tokenizer=models.load_tokenizer(tiny.TOKENIZER))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Refusals
+
+
+def refused(capsys, message, *arguments, code=4):
+    merge(*arguments, code=code)
+    assert message in capsys.readouterr().err
+
+
+def test_a_place_that_is_taken_is_refused_before_anything_is_loaded(model, adapter, tmp_path, capsys):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "notes.txt").touch()
+    refused(capsys, "already holds notes.txt", model, tmp_path / "m", "--load.adapter", adapter, code=2)
+    refused(capsys, "is a file", model, tmp_path / "m" / "notes.txt", "--load.adapter", adapter, code=2)
+
+
+def test_a_target_without_an_adapter_is_refused(model, tmp_path, capsys):
+    refused(capsys, "no adapter to merge", model, tmp_path / "m")
+    with pytest.raises(models.CheckpointError, match="has no adapter"):
+        merge_checkpoint(models.load(BASE), tmp_path / "m")
+
+
+def test_a_base_that_is_quantized_of_other_shapes_or_another_architecture_is_refused(tmp_path):
+    model = adapted()
+    models.save(models.load(BASE, nf4.QuantConfig()), tmp_path / "q")
+    with pytest.raises(models.CheckpointError, match=r"down_proj\.weight is quantized \(uint8\)"):
+        merge_checkpoint(model, tmp_path / "m", base=tmp_path / "q")
+    with pytest.raises(models.CheckpointError, match=r"1 missing: lm_head\.weight"):
+        merge_checkpoint(model, tmp_path / "m", base=TIED)
+    shutil.copytree(BASE, tmp_path / "other")
+    tensors = load_file(BASE / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": torch.ones(63)}, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(models.CheckpointError, match=r"1 of another shape: model\.norm\.weight \[63\]"):
+        merge_checkpoint(model, tmp_path / "m", base=tmp_path / "other")
+    config = json.loads((BASE / "config.json").read_text()) | {"model_type": "t5"}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(models.CheckpointError, match="the base is 't5', but the adapter is for 'llama'"):
+        merge_checkpoint(model, tmp_path / "m", base=tmp_path / "other")
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_adapter_that_took_something_out_of_its_base_is_merged_into_no_other(tmp_path):
+    model = adapted()
+    for _, layer in adapted_layers(model):
+        layer.lora_config = type("Config", (), {"init": "pissa"})
+    assert {layer.noise for layer in merge_checkpoint(model, tmp_path / "m")} == {None}
+    with pytest.raises(models.CheckpointError, match="fits no other"):
+        merge_checkpoint(model, tmp_path / "n", base=BASE)
+
+
+def test_weights_beyond_float16_are_refused(tmp_path):
+    model = adapted()
+    layer_of(model, "model.layers.0.mlp.up_proj").scaling = 1e7
+    with pytest.raises(models.CheckpointError, match=r"up_proj\.weight has no finite values as torch\.float16"):
+        merge_checkpoint(model, tmp_path / "m", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+    merge_checkpoint(model, tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("500MB", 500_000_000), ("2GiB", 2**31), (" 1.5 kib ", 1536), ("4096", 4096)]
+)
+def test_a_size_is_read_with_its_unit(text, count):
+    assert byte_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1MB", "4 parsecs", "GB"])
+def test_what_is_no_size_is_refused(text, capsys):
+    with pytest.raises(models.ConfigError, match="give a size such as 500MB"):
+        byte_count(text)
+
+
+def test_a_negative_bound_and_an_unreadable_text_are_refused(model, adapter, tmp_path, capsys):
+    refused(capsys, "a divergence is at least 0", model, tmp_path / "m", "--max-kl", "-1", code=2)
+    text = ("--load.adapter", adapter, "--text")
+    refused(capsys, "not readable as UTF-8", model, tmp_path / "m", *text, tmp_path / "absent", code=3)
+    (tmp_path / "empty").write_text("")
+    refused(capsys, "is empty", model, tmp_path / "m", *text, tmp_path / "empty", code=3)
+    assert not (tmp_path / "m").exists()
