@@ -9,6 +9,7 @@ a dictionary. Nothing but tensors, plain containers and Namespaces is read; what
 import argparse
 import logging
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.errors import CheckpointError
-from models.readers import check_tensors, is_mapped, load_torch
+from models.readers import Stored, check_tensors, dtype_name, is_mapped, load_torch
 
 STEM = r"(?:decoder|encoder)\.sentence_encoder\."
 LAYER = rf"{STEM}layers\.(\d+)\."
@@ -70,6 +71,7 @@ class FairseqReader:
         state = model_state(saved, path)
         self.arguments = arguments(saved, path)
         self.kept = None if is_mapped(path) else state
+        self.dtypes = {name: value.dtype for name, value in state.items()}
         # our name -> theirs, and which of how many parts stacked in it; without theirs, zeros of that shape
         self.rows: dict[str, tuple[str, int, int]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -103,6 +105,10 @@ class FairseqReader:
         theirs, part, parts = self.rows[name]
         state = model_state(self.load(), self.path) if self.kept is None else self.kept
         return (state[theirs].chunk(parts)[part] if parts > 1 else state[theirs]).clone()
+
+    def stored(self, name: str) -> Stored:
+        dtype = torch.float32 if name == TOKEN_TYPES else self.dtypes[self.rows[name][0]]
+        return Stored(dtype_name(dtype), prod(self.shapes[name]) * dtype.itemsize)
 
     def where(self, name: str) -> str:
         return str(self.path)

@@ -162,7 +162,7 @@ def base_reader(model: Model, base: str | Path) -> RenamedReader:
         )
     own = dense_parameters(model)
     needed = [name for name in own if name in renamed.shapes or not own[name].requires_grad]
-    check_names({name: dense_shape(model, name) for name in needed}, set(), renamed, {})
+    check_names({name: dense_shape(model, name) for name in needed}, renamed, {})
     return renamed
 
 

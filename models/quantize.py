@@ -96,9 +96,9 @@ def quantize_checkpoint(
     Without `quant` the source must be in 4 bits already, and keeps its codes. `for_others` keeps those layers dense
     that no other reader takes in 4 bits, and refuses formats that only we know.
     """
-    tokenizer = load_tokenizer(src)
     raw, reader, where = open_checkpoint(src)
     model = skeleton(raw, where, reader)
+    tokenizer = load_tokenizer(src)
     layers, quantized = [], {}
     with CheckpointWriter(out) as writer:
         for name, value, weight in stream(model, reader, quant, dtype, device):
