@@ -243,6 +243,43 @@ def test_a_reference_4_bit_checkpoint_is_loaded_as_it_is():
     torch.testing.assert_close(logits, reference["logits"], rtol=1e-4, atol=1e-5)
 
 
+def test_layers_that_a_stored_checkpoint_left_dense_stay_dense_whatever_format_is_asked_for(tmp_path):
+    for quant in (nf4.QuantConfig(), nf4.QuantConfig(scale="search")):
+        model = models.load(GOLDEN / "llama-bnb-4bit", quant)
+        assert isinstance(model.get_submodule("model.layers.1.mlp.down_proj"), Linear)
+    with pytest.raises(models.CheckpointError, match="is already quantized"):
+        models.load(GOLDEN / "llama-bnb-4bit", nf4.QuantConfig(double_quant=False))
+
+
+def test_the_parts_of_a_4_bit_weight_are_renamed_with_it(tmp_path):
+    quantized = models.load(GOLDEN / "roberta-mlm", nf4.QuantConfig(), torch.float32)
+    models.save(quantized, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    bare = {name.removeprefix("roberta."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "m" / "model.safetensors")
+    ids = torch.arange(3, 12)[None]
+    assert torch.equal(models.load(tmp_path / "m", dtype=torch.float32)(ids), quantized(ids))
+
+
+@pytest.mark.parametrize("case", ["t5-v1_0", "t5-v1_1", "roberta-mlm", "roberta-classify"])
+def test_a_gguf_is_of_a_llama_and_4_bits_of_any_model(case, base, tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDEN / case / file, source)
+    models.save_tokenizer(models.load_tokenizer(base), source)
+    assert "a GGUF needs a causal language model" in told(
+        capsys, source, tmp_path / "m.gguf", "--format", "gguf", code=2
+    )
+    export(source, tmp_path / "out", "--format", "nf4", "--load.dtype", "float32")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    model = models.load(tmp_path / "out", dtype=torch.float32)
+    dense = {n for n, m in model.named_modules() if isinstance(m, Linear | torch.nn.Linear)}
+    assert config["quant_method"] == "bitsandbytes"
+    assert set(config["llm_int8_skip_modules"]) == dense | {"lm_head"}
+    assert all(name.endswith(".wo") == case.startswith("t5") for name in dense - {"lm_head"})
+
+
 def test_a_reference_4_bit_checkpoint_is_saved_with_its_codes(tmp_path):
     models.save(models.load(GOLDEN / "llama-bnb-4bit"), tmp_path / "again")
     before, after = (load_file(d / "model.safetensors") for d in (GOLDEN / "llama-bnb-4bit", tmp_path / "again"))

@@ -403,7 +403,7 @@ def test_there_is_no_longest_input():
         ({"d_kv": None}, "config.json: lacks d_kv"),
         ({"num_decoder_layers": 0}, "num_decoder_layers is 0"),
         ({"num_heads": 2.0}, "num_heads is 2.0; a whole number"),
-        ({"dropout_rate": "0.1"}, "dropout_rate is '0.1'; a number"),
+        ({"dropout_rate": "0.1"}, "dropout_rate is '0.1'; a finite number"),
         ({"dropout_rate": 1.0}, "dropout_rate is 1.0"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0"),
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'; relu and gated-gelu"),
