@@ -244,8 +244,12 @@ def test_a_probe_is_the_same_for_a_seed_holds_no_padding_and_fits_the_model():
 
 def test_a_text_is_cut_into_whole_rows(model):
     loaded, tokenizer = models.load(model), models.load_tokenizer(model)
-    ids = tokenizer.encode("It is red. " * 20)
-    assert text_probe(loaded, tokenizer, "It is red. " * 20).flatten().tolist() == ids[:128]
+    text = "It is red and small. " * 40
+    ids = tokenizer.encode(text)
+    assert 256 < len(ids) < 512
+    probe = text_probe(loaded, tokenizer, text)
+    assert probe.shape[1] == 128
+    assert probe.flatten().tolist() == ids[: len(ids) // 128 * 128]
     assert text_probe(loaded, tokenizer, "It is").tolist() == [tokenizer.encode("It is")]
 
 

@@ -113,6 +113,7 @@ def test_a_saved_model_takes_on_disk_what_it_takes_in_memory(quant, tmp_path):
         if quant is not None and quant.double_quant and part.name == QUANTIZED:
             nbytes["scales"] += 4 * part.tensors  # the offset is text in a file
         assert nbytes == part.nbytes
+        assert other.bits_per_weight == pytest.approx(part.bits_per_weight, rel=1e-2)  # without the tables
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
