@@ -34,6 +34,8 @@ class Model(nn.Module):
     """The checkpoint that it was loaded from."""
     task_type: str | None = None
     """What PEFT calls the model's task, in the adapters that are saved of it."""
+    attachment: Any = None
+    """What `models.lora` keeps of the adapters that it has put on."""
 
     def loss(self, *, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Float[Tensor, ""]:
         """Mean over the labels that are not -100, in float32."""
