@@ -206,11 +206,14 @@ def first_wins(pattern: dict[str, Any], chosen: Collection[str], default: float)
 def saved_modules(model: nn.Module, given: Collection[str], names: Collection[str]) -> tuple[str, ...]:
     """The modules to save that the model has. (PEFT lists every name that a classifier may go by.)
 
-    One that the model lacks is left out only if the file has no tensors for it.
+    One that the model lacks is left out only if the file has no tensors for it. For PEFT `norm` is the end of
+    `layernorm` too: what is saved of such modules is handed on by name.
     """
     modules = [name for name, _ in model.named_modules()]
     owners = [name.rpartition(".")[0] for name in names if layer_of(name) is None]
-    return tuple(g for g in given if any(ends_with(m, g) for m in modules) or any(within(o, [g]) for o in owners))
+    known = [g for g in given if any(ends_with(m, g) for m in modules) or any(within(o, [g]) for o in owners)]
+    longer = [m for m in modules if any(m.endswith(g) and not ends_with(m, g) for g in given)]
+    return tuple(known + [m for m in longer if any(within(owner, [m]) for owner in owners)])
 
 
 def read_init(path: Path, raw: dict[str, Any], layers: Mapping[str, AdaptableLinear]) -> str:
