@@ -19,6 +19,7 @@ import kernels
 import nf4
 from models.architectures import build
 from models.errors import CheckpointError
+from models.fairseq_layout import open_fairseq
 from models.gguf_layout import open_gguf
 from models.linear import Linear, NF4Linear
 from models.meta_layout import open_meta
@@ -109,6 +110,8 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, Any], Reader, str]:
         raise CheckpointError(f"{path}: no such file or directory")
     if path.suffix == ".gguf":
         return *open_gguf(path), str(path)
+    if path.suffix == ".pt":
+        return *open_fairseq(path), str(path)
     if path.suffix in (".safetensors", ".bin"):
         reader = SafetensorsReader(path) if path.suffix == ".safetensors" else TorchReader(path)
         return released_config(path.parent), reader, str(path.parent / "config.json")
@@ -117,12 +120,12 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, Any], Reader, str]:
         return released_config(directory), open_files(directory), str(directory / "config.json")
     if (directory / "params.json").exists():
         return *open_meta(directory), str(directory / "params.json")
-    ggufs = sorted(directory.glob("*.gguf")) if path.is_dir() else []
-    if len(ggufs) == 1:
-        return *open_gguf(ggufs[0]), str(ggufs[0])
+    single = sorted([*directory.glob("*.gguf"), *directory.glob("*.pt")]) if path.is_dir() else []
+    if len(single) == 1:
+        return open_checkpoint(single[0])
     raise CheckpointError(
-        f"{path}: not a checkpoint; looked for config.json, params.json and one *.gguf"
-        + (f", found {len(ggufs)} of the last: name one" if ggufs else "")
+        f"{path}: not a checkpoint; looked for config.json, params.json and one *.gguf or *.pt"
+        + (f", found {len(single)} of the last two: name one" if single else "")
     )
 
 
