@@ -62,6 +62,7 @@ def stream(
     model: Model, reader: Reader, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor | QuantizedTensor, Tensor | None]]:
     """Every parameter of the model as (name, what to store, the dense weight if it was quantized here)."""
+    model.check_dtype(dtype)
     reader = RenamedReader(reader, model.parameter_named)
     stored = stored_in_4_bits(reader)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}

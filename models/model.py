@@ -67,6 +67,9 @@ class Model(nn.Module):
         """What a parameter starts from that the checkpoint lacks; None: it must be there."""
         return None
 
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse a precision that the architecture cannot be computed in."""
+
     @property
     def dtype(self) -> torch.dtype:
         """What activations are computed in."""
