@@ -7,7 +7,7 @@ memory is the loaded (quantized) model plus a few copies of the largest tensor.
 What is quantized: the linear layers of the blocks. Embeddings, norms and the head keep 16 bits (`dtype`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def stream(
     reader = RenamedReader(reader, model.parameter_named)
     stored = stored_in_4_bits(reader)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+    linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Linear)}
     absent = {name: model.initial(name, shape) for name, shape in expected.items() if name not in reader.shapes}
     fresh = {name: value for name, value in absent.items() if value is not None}
     check_names({n: shape for n, shape in expected.items() if n not in fresh}, linears, reader, stored)
@@ -79,7 +79,7 @@ def stream(
                 yield name, read_stored(name, shape, reader, stored[name], quant).to(device), None
                 continue
             weight = reader.read(name).to(device)
-            if name in linears and quant is not None:
+            if quant is not None and name in linears and not linears[name].in_head:
                 weight = weight.to(reader.released_dtype or dtype)
                 yield name, replace(kernels.quantize(weight, quant, name=name), dtype=dtype), weight
             else:
@@ -98,7 +98,7 @@ def place(model: Model, name: str, value: Tensor | QuantizedTensor) -> None:
     module = model.get_submodule(owner)
     if isinstance(value, QuantizedTensor):
         assert isinstance(module, Linear)
-        model.set_submodule(owner, NF4Linear(value, module.bias))
+        model.set_submodule(owner, NF4Linear(value, module.bias, module.in_head))
     else:
         setattr(module, leaf, nn.Parameter(value))
 
@@ -163,7 +163,7 @@ def read_stored(
 
 
 def check_names(
-    expected: dict[str, tuple[int, ...]], linears: set[str], reader: Reader, stored: dict[str, list[str]]
+    expected: dict[str, tuple[int, ...]], linears: Collection[str], reader: Reader, stored: dict[str, list[str]]
 ) -> None:
     """Refuse a checkpoint that lacks tensors, has others, or has them in other shapes: all in one message."""
     parts = {part for group in stored.values() for part in group}

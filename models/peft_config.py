@@ -134,7 +134,7 @@ def read_peft_config(path: Path, model: nn.Module, names: Collection[str]) -> Lo
             raise CheckpointError(f"{path}: {key} is {value!r}; a list of names is needed")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptableLinear)}
     try:
-        chosen = [name for name in layers if chooses(raw, name)]
+        chosen = [name for name, layer in layers.items() if chooses(raw, name, layer.in_head)]
         init = read_init(path, raw, {name: layers[name] for name in chosen})
         config = LoraConfig(
             rank=raw["r"],
@@ -155,15 +155,17 @@ def read_peft_config(path: Path, model: nn.Module, names: Collection[str]) -> Lo
     return config
 
 
-def chooses(raw: dict[str, Any], name: str) -> bool:
+def chooses(raw: dict[str, Any], name: str, in_head: bool = False) -> bool:
     """Would PEFT put an adapter on the linear layer of that name?"""
     targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
     if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else listed(name, excluded)):
         return False
     if within(name, raw.get("modules_to_save") or []):
         return False
+    if targets == "all-linear":
+        return not in_head
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+        return re.fullmatch(targets, name) is not None
     return listed(name, targets or []) and transformed(raw, name)
 
 

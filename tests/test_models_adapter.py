@@ -304,7 +304,9 @@ def test_modules_to_save_of_a_peft_file_are_found_by_the_ends_of_their_letters(t
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["norm"]}))
     again = base()
     models.load_adapter(again, tmp_path)
-    assert set(attached(again).originals) == {"model.norm.weight", "model.layers.1.input_layernorm.weight"}
+    attachment = attached(again)
+    assert attachment is not None
+    assert set(attachment.originals) == {"model.norm.weight", "model.layers.1.input_layernorm.weight"}
 
 
 @pytest.mark.parametrize("saved", [(), ("classifier.out_proj",)])
