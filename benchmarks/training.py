@@ -101,7 +101,7 @@ class Stepper:
         self.model = model.train()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         fill(self.parameters)
-        self.optimizer = make_optimizer(self.parameters.values(), OptimizerConfig())
+        self.optimizer = make_optimizer(self.parameters, OptimizerConfig())
         generator = torch.Generator().manual_seed(2)
         shape = (setting.batch, setting.tokens)
         ids = torch.randint(setting.config.vocab_size, shape, generator=generator).to(setting.device)

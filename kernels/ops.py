@@ -52,9 +52,9 @@ values = Values()
 
 
 @contextmanager
-def values_unneeded() -> Iterator[None]:
-    """A time in which products of stored weights only keep what backward takes: their results are never read."""
-    before, values.needed = values.needed, False
+def values_needed(needed: bool) -> Iterator[None]:
+    """A time in which results of products of stored weights are read, or never: then they need not be computed."""
+    before, values.needed = values.needed, needed
     try:
         yield
     finally:

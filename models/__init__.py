@@ -4,14 +4,17 @@ from models.adapter import load_adapter, save_adapter
 from models.chat import render_chat
 from models.checkpoint import load
 from models.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Refusal
-from models.generate import Sampling, generate, stream
+from models.generate import generate, stream
 from models.llama import Llama
 from models.lora import LoraConfig, attach_lora, merge_adapter
 from models.model import Model
+from models.sampling import Sampling
+from models.t5 import T5
 from models.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from models.writer import save
 
 __all__ = [
+    "T5",
     "CheckpointError",
     "ConfigError",
     "DataError",

@@ -2,34 +2,49 @@
 
 PEFT writes the dotted name of a layer behind `base_model.model.`; its reader and ours take each other's
 files. An adapter is written aside, read back and compared before it gets its name, because an adapter file
-that turns out empty is found out when the training is long over.
+that turns out empty is found out when the training is long over. One that is read is compared with the model, name by
+name and shape by shape, and searched for NaN, before the model is touched.
 """
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.errors import CheckpointError
-from models.lora import LoraConfig, adapted_layers, attach_lora
-from models.readers import SafetensorsReader, read_json
+from models.lora import LoraConfig, adapted_layers, adapter_shapes, attach_lora, attached
+from models.loralib import loralib_file, read_loralib
+from models.peft_config import peft_config, read_peft_config
+from models.peft_names import PREFIX, released_name
+from models.readers import Reader, RenamedReader, SafetensorsReader, TorchReader
+from models.tied_head import refuse_untied, tied_heads, with_tied_heads
+from models.whole import trained_parameter
 
-PREFIX = "base_model.model."
+FILES = (("adapter_model.safetensors", SafetensorsReader), ("adapter_model.bin", TorchReader))
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Write the adapters, then read them back and compare every number."""
-    tensors = adapter_tensors(model)
+    """Write the adapters, then read them back and compare every number.
+
+    Adapters with NaN or infinity are refused: whoever finds them later has lost the training that made them.
+    """
+    trained = with_tied_heads(model, adapter_tensors(model))
+    tensors = {PREFIX + name: t.cpu().contiguous() for name, t in trained.items()}
     if not tensors:
         raise ValueError("the model has no adapters; attach_lora makes them")
+    broken = [name for name, t in tensors.items() if not bool(t.isfinite().all())]
+    if broken:
+        raise ValueError(
+            f"{directory}: not saved: {len(broken)} of {len(tensors)} tensors hold NaN or infinity, {broken[0]} first; "
+            "go back to an earlier checkpoint"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / ".adapter_model.safetensors.partial"
-    save_file({PREFIX + n: t.cpu().contiguous() for n, t in tensors.items()}, partial, {"format": "pt"})
+    save_file(tensors, partial, {"format": "pt"})
     verify(partial, tensors)
     config = directory / ".adapter_config.json.partial"
     config.write_text(json.dumps(peft_config(model), indent=2) + "\n", encoding="utf-8")
@@ -40,122 +55,93 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Attach the adapters of a directory to a model that has none."""
-    directory = Path(directory)
-    if not (directory / "adapter_config.json").exists():
-        raise CheckpointError(f"{directory}: no adapter_config.json; is it an adapter's directory?")
-    reader = SafetensorsReader(directory / "adapter_model.safetensors")
-    names = {released_name(name): name for name in reader.shapes}
-    layers = sorted({name.rpartition(".lora_")[0] for name in names})
-    config = lora_config(directory / "adapter_config.json", layers)
+def load_adapter(model: nn.Module, path: str | Path, *, alpha: float | None = None) -> None:
+    """Attach the adapters of a directory to a model that has none.
+
+    Or those of one file that microsoft/LoRA's examples saved, or of a directory that holds only such a file. It does
+    not say its alpha, which is taken for 16, as in their GLUE runs, unless told.
+    """
+    if next(adapted_layers(model), None) is not None:
+        raise ValueError("the model already has adapters; merge_adapter removes them")
+    path = Path(path)
+    old = loralib_file(path)
+    if old is not None:
+        reader, config = read_loralib(old, model, alpha)
+    elif alpha is not None:
+        raise ValueError(f"{path}: alpha={alpha} was given, but the adapter's own configuration says what it is")
+    else:
+        reader, config = read_peft(path, model)
+
+    check(model, config, reader, path)
     try:
         attach_lora(model, config)
+    except CheckpointError:
+        raise
     except ValueError as error:
-        raise CheckpointError(f"{directory}: does not fit this model ({error})") from error
+        raise CheckpointError(f"{path}: does not fit this model ({error})") from error
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(reader.read(name))
 
-    expected = adapter_tensors(model)
-    problems = [f"lacks {n}" for n in expected if n not in names]
-    problems += [f"has {n}, which this model has no place for" for n in names if n not in expected]
+
+def read_peft(directory: Path, model: nn.Module) -> tuple[Reader, LoraConfig]:
+    """The tensors of an adapter under the names of the model's parameters, and its configuration."""
+    if not (directory / "adapter_config.json").exists():
+        raise CheckpointError(f"{directory}: no adapter_config.json; is it an adapter's directory?")
+    found = [(directory / name, make) for name, make in FILES if (directory / name).exists()]
+    if not found:
+        raise CheckpointError(f"{directory}: has no {' and no '.join(name for name, _ in FILES)}")
+    file, make = found[0]
+    reader = RenamedReader(make(file), released_name)
+    refuse_untied(reader, model)
+    heads = tied_heads(model, reader.shapes)
+    reader = RenamedReader(reader, lambda name: heads.get(name, name))
+    return reader, read_peft_config(directory / "adapter_config.json", model, reader.shapes)
+
+
+def check(model: nn.Module, config: LoraConfig, reader: Reader, path: Path) -> None:
+    """Refuse tensors that are not exactly those of this configuration on this model, or not all numbers."""
+    try:
+        expected = adapter_shapes(model, config)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: does not fit this model ({error})") from error
+    problems = [f"lacks {n}" for n in expected if n not in reader.shapes]
+    problems += [f"has {n}, which this model has no place for" for n in reader.shapes if n not in expected]
     problems += [
-        f"{n} is {list(reader.shapes[names[n]])}, expected {list(t.shape)}"
-        for n, t in expected.items()
-        if n in names and reader.shapes[names[n]] != tuple(t.shape)
+        f"{n} is {list(reader.shapes[n])}, expected {list(shape)}"
+        for n, shape in expected.items()
+        if n in reader.shapes and reader.shapes[n] != shape
     ]
     if problems:
-        detach(model)
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise CheckpointError(f"{reader.path}: the adapter is for another model: {shown}")
-    for name, tensor in expected.items():
-        tensor.copy_(reader.read(names[name]))
+        raise CheckpointError(f"{path}: the adapter is for another model: {shown}")
+    for name in expected:
+        tensor = reader.read(name)
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            what = "NaN or infinity" if tensor.is_floating_point() else f"{tensor.dtype}, not floating-point numbers"
+            raise CheckpointError(f"{reader.where(name)}: {name} holds {what}; the training that made it failed")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A and B of every adapted layer, under the layer's dotted name."""
-    tensors = {}
+    """What is trained: the adapters of every layer, and the modules that are trained whole, by dotted name."""
+    tensors: dict[str, Tensor] = {}
     for name, layer in adapted_layers(model):
         assert layer.lora_A is not None
         assert layer.lora_B is not None
         tensors[f"{name}.lora_A.weight"] = layer.lora_A.weight.detach()
         tensors[f"{name}.lora_B.weight"] = layer.lora_B.weight.detach()
-    return tensors
-
-
-def detach(model: nn.Module) -> None:
-    """Take the adapters off again."""
-    for _, layer in list(adapted_layers(model)):
-        layer.lora_A = layer.lora_B = layer.lora_config = None
+        if layer.lora_magnitude_vector is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector.detach()
+    attachment = attached(model)
+    saved = attachment.originals if attachment else ()
+    return tensors | {name: trained_parameter(model, name).detach() for name in saved}
 
 
 def verify(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise unless the file holds exactly these tensors."""
+    """Raise unless the file holds exactly these tensors, and no fewer bytes than they have."""
     reader = SafetensorsReader(path)
-    wrong = [n for n, t in tensors.items() if not torch.equal(reader.read(PREFIX + n), t.cpu())]
+    wrong = [n for n, t in tensors.items() if n not in reader.shapes or not torch.equal(reader.read(n), t)]
     if wrong or len(reader.shapes) != len(tensors):
         raise RuntimeError(f"{path}: {wrong or 'tensor count'} differs after writing; the disk may be failing")
-
-
-def peft_config(model: nn.Module) -> dict[str, Any]:
-    """adapter_config.json, as PEFT writes it for this configuration."""
-    config = next(adapted_layers(model))[1].lora_config
-    assert isinstance(config, LoraConfig)
-    return {
-        "peft_type": "LORA",
-        "task_type": getattr(model, "task_type", None),
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "rank_pattern": dict(config.rank_pattern),
-        "alpha_pattern": dict(config.alpha_pattern),
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in adapted_layers(model)}),
-        "modules_to_save": None,
-        "use_rslora": config.rslora,
-        "use_dora": False,
-    }
-
-
-# Fields that change what an adapter computes and that we do not, with the value that means "not used".
-UNKNOWN = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, []),
-}
-
-
-def lora_config(path: Path, layers: list[str]) -> LoraConfig:
-    """The configuration in an adapter_config.json; `layers` are those that the tensors are for."""
-    raw = read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}; LORA is what can be read")
-    for key, neutral in UNKNOWN.items():
-        if key in raw and raw[key] not in neutral:
-            raise CheckpointError(f"{path}: {key} is {raw[key]!r}, which is not supported here")
-    targets = raw.get("target_modules")
-    if not isinstance(targets, list) or raw.get("layers_to_transform") is not None:
-        targets = layers  # PEFT also takes a pattern here, or some layers only: the tensors know which
-    try:
-        return LoraConfig(
-            rank=raw["r"],
-            alpha=raw["lora_alpha"],
-            dropout=raw.get("lora_dropout", 0.0),
-            target_modules=tuple(targets),
-            rslora=bool(raw.get("use_rslora")),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a usable LoRA configuration ({error!r})") from error
-
-
-def released_name(name: str) -> str:
-    """The parameter that a tensor of the file is for."""
-    return name.removeprefix(PREFIX).replace(".default.", ".")
+    least, size = sum(t.nbytes for t in tensors.values()), path.stat().st_size
+    if size < least:
+        raise RuntimeError(f"{path}: has {size} bytes after writing {least}; the disk may be failing")

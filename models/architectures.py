@@ -6,6 +6,8 @@ from typing import Any
 from models.errors import CheckpointError
 from models.llama import build_llama
 from models.model import Model
+from models.roberta import build_roberta
+from models.t5 import build_t5
 
 # Each takes the config's fields, the file to name in errors, the names of the tensors that are there, and the
 # head and number of labels asked for (None: what the checkpoint holds).
@@ -13,6 +15,8 @@ Build = Callable[[dict[str, Any], str, Collection[str], str | None, int | None],
 
 ARCHITECTURES: dict[str, Build] = {
     "llama": build_llama,
+    "t5": build_t5,
+    "roberta": build_roberta,
 }
 
 

@@ -1,13 +1,15 @@
 """Keys and values of the tokens already seen, so that each new token costs one step and not the whole text.
 
 Axes: B batch, K key/value heads, S room in tokens, C channels per head. Memory is taken once, for the
-longest text that will be generated.
+longest text that will be generated. Beam search makes several rows of one text (`repeat`), then goes on with some
+and leaves others (`select`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -18,6 +20,13 @@ class LayerCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)  # (B, K, S, C)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
+
+    @classmethod
+    def of(cls, keys: Float[Tensor, "B K S C"], values: Float[Tensor, "B K S C"]) -> "LayerCache":
+        """A cache that is full: of another text, which does not grow."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values, cache.length = keys, values, keys.shape[2]
+        return cache
 
     def append(
         self, keys: Float[Tensor, "B K T C"], values: Float[Tensor, "B K T C"]
@@ -31,10 +40,36 @@ class LayerCache:
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def repeat(self, times: int) -> None:
+        """Make as many adjacent rows of each."""
+        room = self.keys.shape[2]
+        self.keys, self.values = (
+            kept[:, :, : self.length].repeat_interleave(times, dim=0) for kept in (self.keys, self.values)
+        )
+        if room > self.length:
+            self.keys, self.values = (F.pad(kept, (0, 0, 0, room - self.length)) for kept in (self.keys, self.values))
+
+    def select(self, rows: Int[Tensor, " B"]) -> None:
+        """Let each row go on from the one that is named for it."""
+        for kept in (self.keys, self.values):
+            kept[:, :, : self.length] = kept[rows, :, : self.length]
+
 
 @dataclass
 class Cache:
     """Every layer's cache, and how many tokens all of them hold."""
 
     layers: list[LayerCache]
+    cross: list[LayerCache] = field(default_factory=list)
+    """In a decoder that reads an encoder's output: every layer's keys and values of it."""
     length: int = 0
+
+    def repeat(self, times: int) -> None:
+        """Make as many adjacent rows of each: the beams of a text."""
+        for layer in (*self.layers, *self.cross):
+            layer.repeat(times)
+
+    def select(self, rows: Int[Tensor, " B"]) -> None:
+        """Let each row go on from the one that is named for it, which reads the same encoder's output."""
+        for layer in self.layers:
+            layer.select(rows)

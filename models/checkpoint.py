@@ -7,7 +7,7 @@ memory is the loaded (quantized) model plus a few copies of the largest tensor.
 What is quantized: the linear layers of the blocks. Embeddings, norms and the head keep 16 bits (`dtype`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import kernels
 import nf4
 from models.architectures import build
 from models.errors import CheckpointError
+from models.fairseq_layout import open_fairseq
 from models.gguf_layout import open_gguf
 from models.linear import Linear, NF4Linear
 from models.meta_layout import open_meta
@@ -61,6 +62,7 @@ def stream(
     model: Model, reader: Reader, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor | QuantizedTensor, Tensor | None]]:
     """Every parameter of the model as (name, what to store, the dense weight if it was quantized here)."""
+    model.check_dtype(dtype)
     source = matched(model, reader)
     reader, stored, fresh = source.reader, source.stored, source.fresh
     linears = linear_weights(model)
@@ -73,7 +75,7 @@ def stream(
                 yield name, read_stored(name, shape, reader, stored[name], quant).to(device), None
                 continue
             weight = reader.read(name).to(device)
-            if name in linears and quant is not None:
+            if quant is not None and name in linears and not linears[name].in_head:
                 weight = weight.to(reader.released_dtype or dtype)
                 yield name, replace(kernels.quantize(weight, quant, name=name), dtype=dtype), weight
             else:
@@ -109,9 +111,9 @@ def matched(model: Model, reader: Reader) -> Source:
     return Source(renamed, stored, fresh)
 
 
-def linear_weights(model: Model) -> set[str]:
-    """The parameters that may be stored in few bits."""
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+def linear_weights(model: Model) -> dict[str, Linear]:
+    """The parameters that may be stored in few bits, with their layers."""
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
 def place(model: Model, name: str, value: Tensor | QuantizedTensor) -> None:
@@ -120,7 +122,7 @@ def place(model: Model, name: str, value: Tensor | QuantizedTensor) -> None:
     module = model.get_submodule(owner)
     if isinstance(value, QuantizedTensor):
         assert isinstance(module, Linear)
-        model.set_submodule(owner, NF4Linear(value, module.bias))
+        model.set_submodule(owner, NF4Linear(value, module.bias, module.in_head))
     else:
         setattr(module, leaf, nn.Parameter(value))
 
@@ -132,6 +134,8 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, Any], Reader, str]:
         raise CheckpointError(f"{path}: no such file or directory")
     if path.suffix == ".gguf":
         return *open_gguf(path), str(path)
+    if path.suffix == ".pt":
+        return *open_fairseq(path), str(path)
     if path.suffix in (".safetensors", ".bin"):
         reader = SafetensorsReader(path) if path.suffix == ".safetensors" else TorchReader(path)
         return released_config(path.parent), reader, str(path.parent / "config.json")
@@ -140,12 +144,12 @@ def open_checkpoint(path: str | Path) -> tuple[dict[str, Any], Reader, str]:
         return released_config(directory), open_files(directory), str(directory / "config.json")
     if (directory / "params.json").exists():
         return *open_meta(directory), str(directory / "params.json")
-    ggufs = sorted(directory.glob("*.gguf")) if path.is_dir() else []
-    if len(ggufs) == 1:
-        return *open_gguf(ggufs[0]), str(ggufs[0])
+    single = sorted([*directory.glob("*.gguf"), *directory.glob("*.pt")]) if path.is_dir() else []
+    if len(single) == 1:
+        return open_checkpoint(single[0])
     raise CheckpointError(
-        f"{path}: not a checkpoint; looked for config.json, params.json and one *.gguf"
-        + (f", found {len(ggufs)} of the last: name one" if ggufs else "")
+        f"{path}: not a checkpoint; looked for config.json, params.json and one *.gguf or *.pt"
+        + (f", found {len(single)} of the last two: name one" if single else "")
     )
 
 
@@ -183,7 +187,7 @@ def read_stored(
 
 
 def check_names(
-    expected: dict[str, tuple[int, ...]], linears: set[str], reader: Reader, stored: dict[str, list[str]]
+    expected: dict[str, tuple[int, ...]], linears: Collection[str], reader: Reader, stored: dict[str, list[str]]
 ) -> None:
     """Refuse a checkpoint that lacks tensors, has others, or has them in other shapes: all in one message."""
     parts = {part for group in stored.values() for part in group}

@@ -1,9 +1,12 @@
 """The linear layer of every model here: dense or stored in 4 bits, each with room for a LoRA adapter.
 
-A block asks for `Linear`; loading with a QuantConfig puts an `NF4Linear` in its place. Both keep the
-parameter names of the released checkpoints (`weight`, `bias`), to which an adapter adds `lora_A.weight` and
-`lora_B.weight`. In an `NF4Linear` codes are uint8 parameters without gradient, which sharding treats like
-any other weight, and float32 scales are buffers that no cast of the model touches.
+A block asks for `Linear`; loading with a QuantConfig puts an `NF4Linear` in its place. A head of several layers asks
+for `Linear` as well, with `in_head`: such a layer stays in 16 bits and without an adapter unless it is stored in 4 bits
+already, or is named. Both keep the
+parameter names of the released checkpoints (`weight`, `bias`), to which an adapter adds `lora_A.weight`,
+`lora_B.weight` and, with DoRA, `lora_magnitude_vector`. In an `NF4Linear` codes are uint8 parameters without
+gradient, which sharding treats like any other weight, and float32 scales are buffers that no cast of the model
+touches.
 
 Letters: K in_features, N out_features, R rank.
 """
@@ -17,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import kernels
+from models.dora import direct_squares, expanded_squares, rescaled
+from models.recompute import kept_product
 from nf4 import QuantizedTensor
 
 
@@ -25,14 +30,37 @@ class AdaptableLinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, in_head: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.in_head = in_features, out_features, in_head
         self.lora_A: nn.Linear | None = None
         self.lora_B: nn.Linear | None = None
+        self.register_parameter("lora_magnitude_vector", None)
         self.scaling, self.dropout = 0.0, 0.0
         self.lora_config: Any = None  # what the adapter was made from, for saving it
+
+    def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
+        """x W^T + bias, with the adapter's branch where there is one."""
+        if self.lora_magnitude_vector is None:
+            return self.product(x, self.bias)
+        with kept_product():  # the magnitude's gradient is made of it
+            product = self.product(x, None)
+            lengths = self.row_lengths(exact=x.dtype.itemsize > 2)
+        return rescaled(product, self.lora_magnitude_vector, lengths, self.bias)
+
+    def product(self, x: Float[Tensor, "*rows K"], bias: Tensor | None) -> Float[Tensor, "*rows N"]:
+        """x W^T + bias + scaling (drop(x) A^T) B^T."""
+        raise NotImplementedError
+
+    def row_lengths(self, exact: bool = True) -> Float[Tensor, " N"]:
+        """How long each row of W + scaling B A is, in float32; to 1e-4 also where it is nearly zero, if `exact`.
+
+        Sums of 16-bit numbers are themselves not good to more in such a row. (To look for one, a GPU has to be
+        waited for, and a compiled graph cannot.)
+        """
+        raise NotImplementedError
 
     def dense_weight(self) -> Float[Tensor, "N K"]:
         """The base weight without its adapter, in the layer's dtype."""
@@ -49,28 +77,37 @@ class AdaptableLinear(nn.Module):
 
 
 class Linear(AdaptableLinear):
-    """y = x W^T + bias, plus the adapter's branch where there is one."""
+    """The layer over a dense weight."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, in_head: bool = False) -> None:
+        super().__init__(in_features, out_features, in_head)
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     @classmethod
-    def from_weight(cls, weight: Float[Tensor, "N K"], bias: nn.Parameter | None = None) -> "Linear":
+    def from_weight(
+        cls, weight: Float[Tensor, "N K"], bias: nn.Parameter | None = None, in_head: bool = False
+    ) -> "Linear":
         layer = cls.__new__(cls)
-        AdaptableLinear.__init__(layer, weight.shape[1], weight.shape[0])
+        AdaptableLinear.__init__(layer, weight.shape[1], weight.shape[0], in_head)
         layer.weight, layer.bias = nn.Parameter(weight), bias
         return layer
 
-    def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
-        y = F.linear(x, self.weight, self.bias)
+    def product(self, x: Float[Tensor, "*rows K"], bias: Tensor | None) -> Float[Tensor, "*rows N"]:
+        y = F.linear(x, self.weight, bias)
         if self.lora_A is None or self.lora_B is None:
             return y
         dropped = F.dropout(x, self.dropout, self.training)
         return y + self.scaling * F.linear(
             F.linear(dropped, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype)
         )
+
+    @torch.no_grad()
+    def row_lengths(self, exact: bool = True) -> Float[Tensor, " N"]:
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        squares = direct_squares(self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
+        return squares.sqrt().float()
 
     def dense_weight(self) -> Float[Tensor, "N K"]:
         return self.weight.detach()
@@ -79,16 +116,24 @@ class Linear(AdaptableLinear):
 class NF4Linear(AdaptableLinear):
     """The same layer over a quantized weight, which is decoded inside the product and never kept."""
 
-    def __init__(self, q: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, q: QuantizedTensor, bias: nn.Parameter | None = None, in_head: bool = False) -> None:
         if len(q.shape) != 2:
             raise ValueError(f"a linear layer needs a weight of 2 dimensions; this one has shape {q.shape}")
         N, K = q.shape
-        super().__init__(K, N)
+        super().__init__(K, N, in_head)
+        self.bias = bias
+        self.store(q)
+
+    absmax: Tensor | None
+    nested_absmax: Tensor | None
+    absmax_offset: Tensor | None
+
+    def store(self, q: QuantizedTensor) -> None:
+        """Take this weight for the base; it shares memory with the layer."""
         self.quant_config, self.weight_dtype = q.config, q.dtype
         # One row of codes for one output where bytes allow it, so that sharding splits by outputs.
-        packed = q.packed.view(N, -1) if q.packed.numel() % N == 0 else q.packed
+        packed = q.packed.view(self.out_features, -1) if q.packed.numel() % self.out_features == 0 else q.packed
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = bias
         if q.absmax_codes is None:
             self.absmax_codes = None
         else:
@@ -96,10 +141,7 @@ class NF4Linear(AdaptableLinear):
         self.register_buffer("absmax", q.absmax)
         self.register_buffer("nested_absmax", q.nested_absmax)
         self.register_buffer("absmax_offset", q.absmax_offset)
-
-    absmax: Tensor | None
-    nested_absmax: Tensor | None
-    absmax_offset: Tensor | None
+        self.base_squares: Tensor | None = None
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -115,13 +157,28 @@ class NF4Linear(AdaptableLinear):
             config=self.quant_config,
         )
 
-    def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
+    def product(self, x: Float[Tensor, "*rows K"], bias: Tensor | None) -> Float[Tensor, "*rows N"]:
         if self.lora_A is None or self.lora_B is None:
-            return kernels.nf4_linear(x, self.quantized, self.bias)
+            return kernels.nf4_linear(x, self.quantized, bias)
         dropout = self.dropout if self.training else 0.0
         return kernels.nf4_lora_linear(
-            x, self.quantized, self.lora_A.weight, self.lora_B.weight, self.scaling, self.bias, dropout
+            x, self.quantized, self.lora_A.weight, self.lora_B.weight, self.scaling, bias, dropout
         )
+
+    @torch.no_grad()
+    def row_lengths(self, exact: bool = True) -> Float[Tensor, " N"]:
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        a, b, q = self.lora_A.weight, self.lora_B.weight, self.quantized
+        if self.base_squares is None or self.base_squares.device != a.device:
+            decoded = kernels.dequantize(q, torch.float32)
+            self.base_squares = direct_squares(decoded, torch.zeros_like(a), torch.zeros_like(b), 0.0)
+        projected = kernels.nf4_linear(a.float(), q).T
+        squares, doubtful = expanded_squares(self.base_squares, projected, a, b, self.scaling)
+        if exact and not torch.compiler.is_compiling() and bool(doubtful.any()):
+            rows = kernels.dequantize(q, torch.float32)[doubtful]
+            squares[doubtful] = direct_squares(rows, a, b[doubtful], self.scaling)
+        return squares.sqrt().float()
 
     def dense_weight(self) -> Float[Tensor, "N K"]:
         return kernels.dequantize(self.quantized, self.weight_dtype)

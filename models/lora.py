@@ -1,89 +1,122 @@
 """LoRA: a trained low-rank branch beside a frozen linear layer, y = x W^T + scaling (x A^T) B^T.
 
 A (rank, in) starts Kaiming-uniform and B (out, rank) zero, so that training starts from the base model
-exactly. Only A and B are trained. Hu et al. 2021; Dettmers et al. 2023 put one on every linear layer of the
-blocks, which is the default here and what it takes to match full fine-tuning.
+exactly (`models/lora_init.py` has other starts). Only A and B are trained, with DoRA the lengths of the merged
+weight's rows, and what `modules_to_save` names. Hu et al. 2021; Dettmers et al. 2023 put one on every linear layer of
+the blocks, which is the default here and what it takes to match full fine-tuning.
 """
 
 import math
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.dora import ratio
 from models.linear import AdaptableLinear, Linear
+from models.lora_config import ADAPTER_DTYPES, LoraConfig
+from models.lora_init import initialise, starting_weights
+from models.whole import give_back, saved_parameters, settle, train_whole, within
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Which linear layers get an adapter, and how large it is."""
+@dataclass(frozen=True)
+class Attachment:
+    """What has to be known of a model with adapters, to save them and to take them off."""
 
-    rank: int = 64
-    """Inner dimension r of A (r, in) and B (out, r)."""
-    alpha: float = 16.0
-    """The branch is scaled by alpha / rank (by alpha / sqrt(rank) with rslora)."""
-    dropout: float = 0.1
-    """Share of the branch's inputs set to zero in training; the base layer sees all of them."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """Leaf names of the layers to adapt; "all-linear" is every linear layer but the head."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank), which keeps the branch's size steady as the rank grows."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of single layers, by leaf name or by the end of the dotted name."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alphas of single layers, likewise."""
-    dtype: str = "float32"
-    """What the adapters are stored and updated in; they multiply in the model's compute dtype."""
-
-    def __post_init__(self) -> None:
-        for where, rank in {"rank": self.rank, **self.rank_pattern}.items():
-            if rank < 1:
-                raise ValueError(f"lora: {where} is {rank}; a rank is at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora: dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.dtype not in ADAPTER_DTYPES:
-            raise ValueError(f"lora: dtype is {self.dtype!r}; choose from {', '.join(ADAPTER_DTYPES)}")
-        if not self.target_modules:
-            raise ValueError("lora: target_modules is empty; name layers, or give 'all-linear'")
-
-
-ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    config: LoraConfig
+    trainable_before: frozenset[str]
+    """Parameters that required a gradient."""
+    originals: dict[str, Tensor]
+    """What the modules that are trained whole held before, on the CPU."""
 
 
 def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
-    """Give the layers that `config` names an adapter each, and freeze everything else."""
+    """Give the layers that `config` names an adapter each, and freeze everything else.
+
+    What is wrong with the configuration is found before the model is changed.
+    """
     if next(adapted_layers(model), None) is not None:
         raise ValueError("the model already has adapters; merge_adapter removes them")
+    saved = saved_parameters(model, config.modules_to_save)
     layers = targeted_layers(model, config)
+    weights = starting_weights(model, layers, config)
+
+    before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     model.requires_grad_(False)
     for name, layer in layers.items():
-        rank = int(matching(config.rank_pattern, name, config.rank))
-        alpha = matching(config.alpha_pattern, name, config.alpha)
-        place = {"device": layer.weight.device, "dtype": ADAPTER_DTYPES[config.dtype]}
-        layer.lora_A = nn.Linear(layer.in_features, rank, bias=False, **place)
-        layer.lora_B = nn.Linear(rank, layer.out_features, bias=False, **place)
-        nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(layer.lora_B.weight)
-        layer.scaling = alpha / (math.sqrt(rank) if config.rslora else rank)
+        rank, layer.scaling = config.size(name)
         layer.dropout, layer.lora_config = config.dropout, config
+        device, dtype = layer.weight.device, ADAPTER_DTYPES[config.dtype]
+        # A start that is computed draws no random numbers, not even some that are thrown away: hence no memory yet.
+        made_on = device if weights is None else torch.device("meta")
+        lora_a = nn.Linear(layer.in_features, rank, bias=False, device=made_on, dtype=dtype)
+        lora_b = nn.Linear(rank, layer.out_features, bias=False, device=made_on, dtype=dtype)
+        layer.lora_A, layer.lora_B = lora_a.to_empty(device=device), lora_b.to_empty(device=device)
+        if weights is None:
+            nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
+            nn.init.zeros_(layer.lora_B.weight)
+        else:
+            initialise(layer, weights(name), config.init)
+        if config.dora:  # float32 at any dtype of A and B: steps of training are far below a length's 16-bit digits
+            layer.lora_magnitude_vector = nn.Parameter(layer.row_lengths())
+    originals = train_whole(model, saved, ADAPTER_DTYPES[config.dtype])
+    note(model, Attachment(config, before, originals))
 
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module) -> None:
-    """Replace every adapted layer by a dense one: base + scaling B A in float32, then the model's dtype."""
+    """Replace every adapted layer by a dense one: what `merged` says in float32, then the model's dtype.
+
+    What was trained whole is rounded to the model's dtype as well.
+    """
+    attachment = attached(model)
     for name, layer in list(adapted_layers(model)):
         dense = merged(layer.dense_weight(), layer).to(layer.dtype)
-        model.set_submodule(name, Linear.from_weight(dense, layer.bias))
+        model.set_submodule(name, Linear.from_weight(dense, layer.bias, layer.in_head))
+    if attachment is not None:
+        settle(model, attachment.originals)
+        note(model, None)
 
 
 def merged(base: Float[Tensor, "N K"], layer: AdaptableLinear) -> Float[Tensor, "N K"]:
-    """The weight, in float32, that on its own does what `base` and the layer's adapter do together."""
+    """The weight, in float32, that on its own does what `base` and the layer's adapter do together.
+
+    `base` is what the adapter was made for: with init="pissa" or "loftq" not the checkpoint's weight but the layer's.
+    """
     assert layer.lora_A is not None
     assert layer.lora_B is not None
-    return base.float() + layer.scaling * (layer.lora_B.weight.float() @ layer.lora_A.weight.float())
+    weight = base.float() + layer.scaling * (layer.lora_B.weight.float() @ layer.lora_A.weight.float())
+    if layer.lora_magnitude_vector is None:
+        return weight
+    lengths = torch.linalg.vector_norm(weight, dim=1)
+    return weight * ratio(layer.lora_magnitude_vector.float(), lengths)[:, None]
+
+
+def detach(model: nn.Module) -> None:
+    """Take the adapters off again: the model is what it was before they were attached, gradients and all."""
+    attachment = attached(model)
+    if attachment is None:
+        return
+    if attachment.config.init != "default":
+        raise ValueError(
+            f"adapters that start with init={attachment.config.init!r} have changed the base; load the model again"
+        )
+    for _, layer in list(adapted_layers(model)):
+        layer.lora_A = layer.lora_B = layer.lora_config = layer.lora_magnitude_vector = None
+    give_back(model, attachment.originals)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in attachment.trainable_before)
+    note(model, None)
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    return getattr(model, "attachment", None)
+
+
+def note(model: nn.Module, attachment: Attachment | None) -> None:
+    model.__dict__["attachment"] = attachment
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptableLinear]]:
@@ -94,25 +127,34 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptableLinear]]:
 
 
 def targeted_layers(model: nn.Module, config: LoraConfig) -> dict[str, AdaptableLinear]:
-    """The layers that `config.target_modules` names; a name that fits none is an error."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptableLinear)}
-    if config.target_modules == "all-linear":
-        return layers
-    wanted = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules
-    chosen = {name: m for name, m in layers.items() if any(fits(w, name) for w in wanted)}
-    unused = [w for w in wanted if not any(fits(w, name) for name in layers)]
+    """The layers that `config.target_modules` names; a name that fits none is an error.
+
+    What is trained whole gets no adapter beside.
+    """
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, AdaptableLinear) and not within(name, config.modules_to_save)
+    }
+    chosen = {name: layer for name, layer in layers.items() if config.targets(name, layer.in_head)}
+    targets = config.target_modules
+    wanted = (targets,) if isinstance(targets, str) else targets
+    single = [LoraConfig(target_modules=targets if isinstance(targets, str) else (w,)) for w in wanted]
+    unused = [w for w, one in zip(wanted, single, strict=True) if not any(map(one.targets, layers))]
     if unused:
         leaves = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         raise ValueError(f"lora: no layer is called {', '.join(unused)}; this model has {leaves}")
     return chosen
 
 
-def matching(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """The value of the longest key that fits the layer's name."""
-    keys = [key for key in pattern if fits(key, name)]
-    return pattern[max(keys, key=len)] if keys else default
-
-
-def fits(key: str, name: str) -> bool:
-    """Is the key a layer's leaf name or the end of its dotted name? It may be a pattern, as PEFT allows."""
-    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+def adapter_shapes(model: nn.Module, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that an adapter of this configuration has on this model."""
+    saved = saved_parameters(model, config.modules_to_save)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in targeted_layers(model, config).items():
+        rank, _ = config.size(name)
+        shapes[f"{name}.lora_A.weight"] = (rank, layer.in_features)
+        shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
+        if config.dora:
+            shapes[f"{name}.lora_magnitude_vector"] = (layer.out_features,)
+    return shapes | {name: tuple(p.shape) for name, p in saved.items()}

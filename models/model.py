@@ -34,6 +34,8 @@ class Model(nn.Module):
     """The checkpoint that it was loaded from."""
     task_type: str | None = None
     """What PEFT calls the model's task, in the adapters that are saved of it."""
+    attachment: Any = None
+    """What `models.lora` keeps of the adapters that it has put on."""
 
     def loss(self, *, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> Float[Tensor, ""]:
         """Mean over the labels that are not -100, in float32."""
@@ -64,6 +66,9 @@ class Model(nn.Module):
     def initial(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """What a parameter starts from that the checkpoint lacks; None: it must be there."""
         return None
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse a precision that the architecture cannot be computed in."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -42,7 +42,7 @@ class QuantizeOptions:
     """Stream a raw checkpoint into 4-bit safetensors."""
 
     src: Positional[str]
-    """Directory or file of the checkpoint: safetensors, .bin, Meta's .pth or GGUF."""
+    """Directory or file of the checkpoint: safetensors, .bin, Meta's .pth, fairseq's .pt or GGUF."""
     out: Positional[str]
     """Directory to write; one that holds a checkpoint already is refused."""
     quant: QuantConfig = QuantConfig()

@@ -113,8 +113,8 @@ class TorchReader:
         bad = [name for name, value in state.items() if not isinstance(value, Tensor)]
         if bad:
             raise CheckpointError(f"{path}: {bad[0]!r} is not a tensor; a checkpoint maps names to tensors")
-        if not zipfile.is_zipfile(path):
-            self.kept = state  # the format before torch 1.6 cannot be mapped: it is read once, whole
+        if not is_mapped(path):
+            self.kept = state
         self.shapes = {name: tuple(value.shape) for name, value in state.items()}
         self.dtypes = {name: value.dtype for name, value in state.items()}
 
@@ -130,20 +130,30 @@ class TorchReader:
         return str(self.path)
 
     def load(self) -> dict[str, Tensor]:
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{self.path}: refused, because reading it would run code or it is broken "
-                f"({first_line(error)}); use a safetensors copy"
-            ) from error
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"{self.path}: not a whole torch file ({first_line(error)}); fetch or copy it again"
-            ) from error
+        state = load_torch(self.path)
         if not isinstance(state, dict):
             raise CheckpointError(f"{self.path}: holds a {type(state).__name__}, not names and tensors")
         return state
+
+
+def load_torch(path: Path) -> Any:
+    """What torch.save wrote, mapped where the format allows; never by running code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, because reading it would run code or it is broken "
+            f"({first_line(error)}); use a safetensors copy"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole torch file ({first_line(error)}); fetch or copy it again"
+        ) from error
+
+
+def is_mapped(path: Path) -> bool:
+    """Is it in the format of torch 1.6 and later, of which single tensors can be read? Older files are read whole."""
+    return zipfile.is_zipfile(path)
 
 
 class ShardedReader:
@@ -176,17 +186,19 @@ class RenamedReader:
     """Another reader's tensors under the names of a model's parameters.
 
     `rename` gives the parameter that a tensor is for, or None for one to leave out. Of several tensors for one
-    parameter, which are copies of each other, the one that has its name is read.
+    parameter, which must be copies of each other, the one that has its name is read.
     """
 
     def __init__(self, reader: Reader, rename: Callable[[str], str | None]) -> None:
         self.reader = reader
         self.released_dtype = reader.released_dtype
         self.theirs: dict[str, str] = {}
+        self.copies: dict[str, list[str]] = {}  # all tensors for a parameter, the one that is read among them
         for name in reader.shapes:
             ours = rename(name)
             if ours is None:
                 continue
+            self.copies.setdefault(ours, []).append(name)
             other = self.theirs.get(ours, name)
             if reader.shapes[other] != reader.shapes[name]:
                 raise CheckpointError(
@@ -197,7 +209,14 @@ class RenamedReader:
         self.shapes = {ours: reader.shapes[name] for ours, name in self.theirs.items()}
 
     def read(self, name: str) -> Tensor:
-        return self.reader.read(self.theirs[name])
+        value = self.reader.read(self.theirs[name])
+        for copy in self.copies[name]:
+            if copy != self.theirs[name] and not torch.equal(self.reader.read(copy), value):
+                raise CheckpointError(
+                    f"{self.reader.where(copy)}: {copy} is not a copy of {self.theirs[name]}, though its config "
+                    "means them to be one; untied weights of this kind are not supported"
+                )
+        return value
 
     def stored(self, name: str) -> Stored:
         return self.reader.stored(self.theirs[name])

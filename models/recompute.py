@@ -2,7 +2,8 @@
 
 But for the last product of the block, a quarter of its work in LLaMA: nothing in backward asks for its result, only
 for what it was made from. While a block is computed again, `last_product` says so to the operators, which then
-return memory that nobody reads.
+return memory that nobody reads. (Should the layer scale its product by something learned, backward does read it:
+`kept_product` is for such a layer, wherever it stands.)
 """
 
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernels.ops import values_unneeded
+from kernels.ops import values_needed
 
 
 class State(threading.local):  # backward on a GPU runs in a thread of its own
@@ -42,4 +43,9 @@ def again() -> Iterator[None]:
 
 def last_product() -> AbstractContextManager[None]:
     """Around the product that a block ends with: in the second round its values are not needed."""
-    return values_unneeded() if state.again else nullcontext()
+    return values_needed(False) if state.again else nullcontext()
+
+
+def kept_product() -> AbstractContextManager[None]:
+    """Around a product that backward itself reads: its values are needed in the second round as well."""
+    return values_needed(True) if state.again else nullcontext()

@@ -1,8 +1,8 @@
 """Text to token ids and back, whichever files a checkpoint brings its vocabulary in.
 
-There are two kinds of vocabulary, byte-level BPE (`models/bpe.py`) and SentencePiece (`models/spm.py`); a
-`Tokenizer` is one of them with its special tokens. Those are never made from text: a user who types
-"</s>" gets the characters, and only code (`encode(eos=True)`, `render_chat`) inserts the id.
+There are three kinds of vocabulary, byte-level BPE (`models/bpe.py`), SentencePiece (`models/spm.py`) and plain
+words (`models/words.py`); a `Tokenizer` is one of them with its special tokens. Those are never made from text: a
+user who types "</s>" gets the characters, and only code (`encode(eos=True)`, `render_chat`) inserts the id.
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ from models.bpe import ByteLevelBPE
 from models.errors import CheckpointError
 from models.spm import SentencePieces
 from models.tokenizer_files import TokenizerParts, read_tokenizer_files, tokenizer_parts, vocabulary_in
+from models.words import Words
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
@@ -19,7 +20,8 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
 
     A directory is searched for `tokenizer.model` (SentencePiece, or Llama 3's tiktoken format),
     `spiece.model`, `tokenizer.json`, `vocab.json` + `merges.txt`, `encoder.json` + `vocab.bpe` (RoBERTa's ids
-    with fairseq's `dict.txt`), in this order. The path of a checkpoint's weights stands for their directory.
+    with fairseq's `dict.txt`), `dict.txt` alone (whole words), in this order. The path of a checkpoint's weights
+    stands for their directory.
     """
     files, where = read_tokenizer_files(Path(path))
     return Tokenizer(tokenizer_parts(files, where))
@@ -46,7 +48,7 @@ def save_tokenizer(tokenizer: "Tokenizer", directory: str | Path) -> None:
 class Tokenizer:
     """A vocabulary and its special tokens."""
 
-    pieces: ByteLevelBPE | SentencePieces
+    pieces: ByteLevelBPE | SentencePieces | Words
     special_tokens: dict[str, int]
     """Tokens that no text is encoded to, with their ids."""
     bos_token_id: int | None
@@ -77,19 +79,26 @@ class Tokenizer:
             self._ids = set(range(parts.pieces.size)) | self._names.keys()
         else:
             self.starts_with_space = False
-            self._ids = parts.pieces.bytes_of.keys() | self._names.keys()
+            known = parts.pieces.word_of if isinstance(parts.pieces, Words) else parts.pieces.bytes_of
+            self._ids = known.keys() | self._names.keys()
         self.vocab_size = max(self._ids) + 1
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool = False, eos: bool = False, max_length: int | None = None) -> list[int]:
         """Ids of a text, all of it plain, with the beginning- and end-of-text ids where asked.
 
-        Half of a surrogate pair, which Python's strings can hold and UTF-8 cannot, becomes U+FFFD.
+        Of a text that would have more than `max_length` ids, those two among them, the end is left out. Half of a
+        surrogate pair, which Python's strings can hold and UTF-8 cannot, becomes U+FFFD.
         """
         try:
             text.encode()
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = self.pieces.encode(text)
+        if max_length is not None:
+            room = max_length - bos - eos
+            if room < 0:
+                raise ValueError(f"max_length is {max_length}, which leaves no room for the special ids asked for")
+            ids = ids[:room]
         if bos:
             ids = [self._role("bos", self.bos_token_id), *ids]
         if eos:

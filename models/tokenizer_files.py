@@ -20,6 +20,7 @@ from models.errors import CheckpointError
 from models.spm import SentencePieces
 from models.tokenizer_gguf import gguf_tokenizer_files
 from models.tokenizer_json import check_ids, read_tokenizer_json, split_merges
+from models.words import Words, dictionary_specials
 
 VOCABULARIES = (
     ("tokenizer.model",),
@@ -27,6 +28,7 @@ VOCABULARIES = (
     ("tokenizer.json",),
     ("vocab.json", "merges.txt"),
     ("encoder.json", "vocab.bpe"),
+    ("dict.txt",),
 )
 FAIRSEQ_DICTIONARY = "dict.txt"
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -47,7 +49,7 @@ T5_SENTINELS = 100  # <extra_id_0> to <extra_id_99>, not in its SentencePiece fi
 class TokenizerParts:
     """What a tokenizer is made of."""
 
-    pieces: ByteLevelBPE | SentencePieces
+    pieces: ByteLevelBPE | SentencePieces | Words
     special: dict[str, int]
     roles: dict[str, int | None]
     chat_template: str | None
@@ -68,7 +70,7 @@ def read_tokenizer_files(path: Path) -> tuple[dict[str, bytes], Path]:
     names = {file.name for file in directory.iterdir() if file.is_file()}
     groups = [group for group in VOCABULARIES if path.name in group and path.is_file()]
     if path.is_file() and path.name == FAIRSEQ_DICTIONARY:
-        groups = [VOCABULARIES[-1]]
+        groups = list(VOCABULARIES[-2:])
     if path.is_file() and path.suffix == ".model" and not groups:  # a SentencePiece file of another name
         vocabulary, where = {"tokenizer.model": path}, path
     else:
@@ -93,7 +95,7 @@ def tokenizer_parts(files: dict[str, bytes], where: Path) -> TokenizerParts:
     """A vocabulary, its special tokens and their roles; a file that is broken is refused by name."""
     settings = {name: _json(files, name, where) for name in (*SETTINGS, *MODEL_SETTINGS) if name.endswith(".json")}
     group = vocabulary_in(files)
-    pieces: ByteLevelBPE | SentencePieces
+    pieces: ByteLevelBPE | SentencePieces | Words
     if group[0].endswith(".model"):
         with _refusing(where, group[0]):
             if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", files[group[0]]):
@@ -106,11 +108,15 @@ def tokenizer_parts(files: dict[str, bytes], where: Path) -> TokenizerParts:
         with _refusing(where, "tokenizer.json"):
             vocab, merges, pattern, special = read_tokenizer_json(content)
             pieces = ByteLevelBPE(merge_ranks(vocab, merges), token_ids(vocab), pattern)
+    elif group == (FAIRSEQ_DICTIONARY,):
+        with _refusing(where, FAIRSEQ_DICTIONARY):
+            pieces = Words(_fairseq_symbols(files[FAIRSEQ_DICTIONARY].decode()))
+            special = pieces.special
     else:
         pieces, special = _vocabulary_and_merges(files, group, where)
 
     with _refusing(where, group[0]):
-        if isinstance(pieces, ByteLevelBPE) and not pieces.ids:
+        if isinstance(pieces, ByteLevelBPE | Words) and not pieces.ids:
             raise ValueError("its vocabulary is empty")
     with _refusing(where, "tokenizer_config.json or added_tokens.json"):
         special = special | _added_tokens(settings)
@@ -151,7 +157,7 @@ def _vocabulary_and_merges(
 
     with _refusing(where, FAIRSEQ_DICTIONARY):
         symbols = _fairseq_symbols(files[FAIRSEQ_DICTIONARY].decode())
-    roberta = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": len(symbols) + 4}
+    roberta = dictionary_specials(len(symbols))
     line_of = {symbol: line for line, symbol in enumerate(symbols)}
     ids = {token: line_of[str(id)] + 4 for token, id in token_ids(vocab).items() if str(id) in line_of}
     fillers = {symbol.encode(): line + 4 for symbol, line in line_of.items() if not symbol.isdigit()}
@@ -160,7 +166,7 @@ def _vocabulary_and_merges(
 
 
 def _fairseq_symbols(text: str) -> list[str]:
-    """First column of fairseq's dictionary: mostly GPT-2's ids, by how often they occurred."""
+    """First column of fairseq's dictionary: words, or for RoBERTa GPT-2's ids, by how often they occurred."""
     symbols = []
     for number, line in enumerate(text.splitlines(), 1):
         columns = line.split(" ")

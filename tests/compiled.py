@@ -29,13 +29,20 @@ def test_a_compiled_layer_computes_what_an_eager_one_does(dropout):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_whole_quantized_model_with_adapters_compiles_in_one_graph(tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_whole_quantized_model_with_adapters_compiles_in_one_graph(tmp_path, dora):
     model = load(checkpoint(tmp_path / "model"), quant=QuantConfig(), dtype=torch.float32)
-    attach_lora(model, LoraConfig(rank=2, dropout=0.0))
+    attach_lora(model, LoraConfig(rank=2, dropout=0.0, dora=dora))
     ids = torch.tensor([[5, 6, 7, 8]])
     expected = model(ids)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(ids), expected)
+    expected.sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    logits = torch.compile(model, fullgraph=True, backend="aot_eager")(ids)
+    torch.testing.assert_close(logits, expected)
+    logits.sum().backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
 
 
 def test_a_compiled_layer_draws_a_new_mask_each_time():

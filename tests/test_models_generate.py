@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import models
-from models.generate import Sampling, choose
+from models.config import LlamaConfig
+from models.model import Model
+from models.sampling import Sampling, choose
 from tests.golden import GOLDEN
+from tests.tiny_t5 import V1_1, t5
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,54 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(model, side):
         assert torch.equal(together[row, start : start + len(alone)], alone)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_t5_writes_for_each_text_what_it_writes_for_it_alone(side):
+    ids, mask = batch(side)
+    model = t5(vocab_size=128, **V1_1)
+    together = models.generate(model, ids, mask, max_new_tokens=9, eos_token_id=-1)
+    assert together.shape == (3, 10)
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        alone = models.generate(model, torch.tensor([prompt]), max_new_tokens=9, eos_token_id=-1)[0]
+        assert torch.equal(row, alone)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.6])
+def test_a_t5_takes_the_best_token_each_time_after_its_start_token(penalty):
+    model = t5(vocab_size=128, decoder_start_token_id=3, **V1_1)
+    ids = torch.tensor([PROMPTS[0]])
+    written = [3]
+    for _ in range(9):
+        logits = model(ids, None, torch.tensor([written]))[0, -1]
+        for token in set(written):
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        written.append(int(logits.argmax()))
+    found = models.generate(model, ids, max_new_tokens=9, repetition_penalty=penalty, eos_token_id=-1)
+    assert found[0].tolist() == written
+
+
+def test_a_t5_that_has_stopped_is_padded_with_its_pad_id():
+    model = t5(vocab_size=128, pad_token_id=7, **V1_1)
+    ids, mask = batch("right")
+    free = models.generate(model, ids, mask, max_new_tokens=9, eos_token_id=-1)
+    stop = int(free[0, 1])
+    assert any(stop not in row for row in free[:, 1:].tolist())
+    ended = models.generate(model, ids, mask, max_new_tokens=9, eos_token_id=stop)
+    assert ended[0].tolist() == [0, stop, *[7] * 8]
+
+
+def test_a_stream_gives_the_columns_of_the_text():
+    for model, opening in ((t5(vocab_size=128, **V1_1), 1), (models.load(GOLDEN / "llama-gqa"), 3)):
+        ids = torch.tensor([PROMPTS[0]])
+        columns = list(models.stream(model, ids, max_new_tokens=5, eos_token_id=-1))
+        text = models.generate(model, ids, max_new_tokens=5, eos_token_id=-1)
+        assert torch.equal(torch.stack(columns, dim=1), text[:, opening:])
+
+
+def test_what_was_generated_can_be_trained_on(model):
+    ids = models.generate(model, torch.tensor([PROMPTS[0]]), max_new_tokens=0)
+    model.loss(input_ids=ids, labels=ids).backward()  # inference tensors cannot be saved for backward
+
+
 def test_a_stopped_row_is_padded_on_the_right(model):
     ids, mask = batch("right")
     free = models.generate(model, ids, mask, max_new_tokens=9, eos_token_id=-1)
@@ -56,6 +107,9 @@ def test_generation_ends_when_every_row_has_stopped(model):
 def test_no_new_tokens_gives_the_prompt(model):
     prompt = torch.tensor([PROMPTS[0]])
     assert torch.equal(models.generate(model, prompt, max_new_tokens=0), prompt)
+    ids, mask = batch("right")
+    assert torch.equal(models.generate(model, ids, mask, max_new_tokens=0), ids)
+    assert models.generate(t5(), torch.tensor([[3]]), max_new_tokens=0).tolist() == [[0]]
 
 
 def test_a_seed_fixes_sampling(model):
@@ -115,3 +169,22 @@ def test_bad_requests_are_refused(model, kwargs, message):
 def test_ids_outside_the_vocabulary_are_refused(model):
     with pytest.raises(ValueError, match="ids reach from 0 to 128; the model knows 0 to 127"):
         models.generate(model, torch.tensor([[0, 128]]), max_new_tokens=1)
+
+
+def test_a_model_that_cannot_write_is_refused():
+    class Reader(Model):
+        config = LlamaConfig(
+            vocab_size=128,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+
+    for count, num_beams in ((1, 1), (1, 2), (0, 1)):
+        with pytest.raises(models.ConfigError, match="Reader cannot generate: it reads a text and has no decoder"):
+            models.generate(Reader(), torch.tensor([[5]]), max_new_tokens=count, num_beams=num_beams)
+    with pytest.raises(models.ConfigError, match="Reader cannot generate"):
+        next(models.stream(Reader(), torch.tensor([[5]]), max_new_tokens=1))

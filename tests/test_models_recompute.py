@@ -20,12 +20,12 @@ def path(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("model") / "model")
 
 
-def gradients(path, checkpointing, rank, monkeypatch):
+def gradients(path, checkpointing, rank, monkeypatch, dora=False):
     """Gradients of one step with dropout, and how often a product of a stored weight was made."""
     model = load(path, quant=QuantConfig(), dtype=torch.float32)
     torch.manual_seed(1)
     if rank:
-        attach_lora(model, LoraConfig(rank=rank, dropout=0.3))
+        attach_lora(model, LoraConfig(rank=rank, dropout=0.3, dora=dora))
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(p)
@@ -53,6 +53,18 @@ def test_gradients_are_the_same_and_the_last_product_is_made_once(path, rank, mo
         assert torch.equal(gradient, checkpointed[name]), name
     assert once == LINEARS * LAYERS
     assert twice == once + (LINEARS - 1) * LAYERS
+
+
+def test_a_dora_layer_that_ends_a_block_has_its_product_in_the_second_round_too(path, monkeypatch):
+    """The magnitude's gradient is made of it. Each layer makes a second product, for the lengths of its rows."""
+    plain, once = gradients(path, False, 3, monkeypatch, dora=True)
+    checkpointed, twice = gradients(path, True, 3, monkeypatch, dora=True)
+    assert sum("magnitude" in name for name in plain) == LINEARS * LAYERS
+    for name, gradient in plain.items():
+        assert gradient.isfinite().all()
+        assert torch.equal(gradient, checkpointed[name]), name
+    assert once == 2 * LINEARS * LAYERS
+    assert twice == 2 * once
 
 
 def test_only_the_second_round_is_told_apart_and_only_until_it_ends():

@@ -113,6 +113,8 @@ def made(kind: str) -> Path:
         options = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
         spaces = {"remove_extra_whitespaces": False, "vocab_size": 500}
         (place / "tokenizer.model").write_bytes(train_sentencepiece(**options, **spaces))
+    elif kind == "words":
+        (place / "dict.txt").write_text("the 90\ncat 7\n日本 3\nmadeupword0000 0\n")
     elif kind == "t5":
         ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
         (place / "spiece.model").write_bytes(train_sentencepiece(vocab_size=150, **ids))
@@ -196,7 +198,8 @@ BPE_KINDS = (
     "llama3",
     "gguf",
 )
-KINDS = (*BPE_KINDS, "llama", "t5", "gguf-llama")
+KINDS = (*BPE_KINDS, "llama", "t5", "gguf-llama", "words")
+LOSSY = ("t5", "roberta-fairseq", "words")  # what these lack becomes the unknown token
 
 
 def merged_pair_by_pair(words: list[str], merges: dict[tuple[str, str], int]) -> list[str]:
@@ -243,11 +246,57 @@ def test_ids_come_from_the_table_and_ranks_from_the_merges(kind, text):
     assert loaded(kind).encode(text) == [vocab[token] for token in tokens]
 
 
+def whole_characters(text: str) -> str:
+    """The text as UTF-8 can hold it: halves of surrogate pairs joined, or replaced where they stand alone."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "roberta", "llama3"])
-@given(text=st.text())
+@given(text=any_text)
+@example("\ud83d\ud83e\udd99\udc00")
+@example("\x00\x00 \x00a\ufeff\u202e\U0010ffff")
 def test_every_text_comes_back_where_the_vocabulary_has_all_bytes(kind, text):
     tokenizer = loaded(kind)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text)) == whole_characters(text)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "roberta", "llama3"])
+@settings(max_examples=25)
+@given(runs=st.lists(st.tuples(st.characters(codec=None, exclude_categories=[]), st.integers(1, 40_000)), max_size=4))
+def test_very_long_runs_come_back(kind, runs):
+    text = "".join(character * length for character, length in runs)
+    tokenizer = loaded(kind)
+    assert tokenizer.decode(tokenizer.encode(text)) == whole_characters(text)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "roberta-fairseq", "t5", "words"])
+@given(text=texts, bos=st.booleans(), eos=st.booleans(), length=st.integers(2, 12))
+def test_a_limit_takes_away_the_end_of_a_text_but_not_its_special_ids(kind, text, bos, eos, length):
+    tokenizer = loaded(kind)
+    bos = bos and tokenizer.bos_token_id is not None
+    plain = tokenizer.encode(text)
+    kept = plain[: length - bos - eos]
+    expected = [tokenizer.bos_token_id] * bos + kept + [tokenizer.eos_token_id] * eos
+    assert tokenizer.encode(text, bos=bos, eos=eos, max_length=length) == expected
+    assert tokenizer.encode(text, max_length=0) == []
+    assert tokenizer.encode(text, max_length=len(plain)) == plain
+
+
+@given(
+    words=st.lists(st.sampled_from(["the", "cat", "日本", "madeupword0000"])),
+    gap=st.sampled_from([" ", "\n \t", "\u2003"]),
+)
+def test_words_are_cut_at_white_space_and_numbered_by_their_lines(words, gap):
+    tokenizer = loaded("words")
+    ids = tokenizer.encode(gap + gap.join(words) + gap, bos=True, eos=True)
+    lines = {"the": 4, "cat": 5, "日本": 6, "madeupword0000": 7}
+    assert ids == [0, *(lines[word] for word in words), 2]
+    assert tokenizer.decode(ids) == " ".join(words)
+    assert tokenizer.decode([8, 3, 5], skip_special=False) == "<mask> <unk> cat"
+
+
+def test_a_word_that_is_not_in_the_dictionary_is_unknown():
+    assert loaded("words").encode("the cats, <mask> </s> the") == [4, 3, 3, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["smollm2", "gguf", "json-smollm", "json-gpt2", "json-llama3"])
@@ -313,7 +362,7 @@ def test_a_chunk_that_ends_with_a_word_cuts_no_word(pattern, text):
 def test_special_tokens_in_a_text_are_plain_text(kind):
     tokenizer = loaded(kind)
     ids = tokenizer.encode("".join(tokenizer.special_tokens))
-    unknown = {tokenizer.unk_token_id} if kind in ("t5", "roberta-fairseq") else set()  # for what they lack
+    unknown = {tokenizer.unk_token_id} if kind in LOSSY else set()
     assert set(ids).isdisjoint(set(tokenizer.special_tokens.values()) - unknown)
     if not unknown:
         assert tokenizer.decode(ids) == "".join(tokenizer.special_tokens)
@@ -369,7 +418,7 @@ def test_known_special_tokens():
 
     assert roles("smollm2") == roles("gguf") == roles("json-smollm") == (1, 2, 2, 0)
     assert roles("gpt2") == (50256, 50256, None, 50256)
-    assert roles("roberta") == roles("roberta-fairseq") == (0, 2, 1, 3)
+    assert roles("roberta") == roles("roberta-fairseq") == roles("words") == (0, 2, 1, 3)
     assert roles("llama") == roles("gguf-llama") == (1, 2, None, 0)
     assert roles("t5") == (None, 1, 0, 2)
     assert loaded("roberta-fairseq").special_tokens["<mask>"] == loaded("roberta-fairseq").vocab_size - 1 == 3004
@@ -479,6 +528,11 @@ def test_a_file_or_the_weights_beside_it_stand_for_the_directory(tmp_path):
     assert models.load_tokenizer(made("roberta-fairseq") / "dict.txt").vocab_size == 3005
 
 
+def test_words_that_are_numbers_are_words_unless_they_are_gpt2s(tmp_path):
+    (tmp_path / "dict.txt").write_text("".join(f"{unit} 1\n" for unit in range(2000)))  # units of speech
+    assert models.load_tokenizer(tmp_path / "dict.txt").encode("7 1999 2000") == [11, 2003, 3]
+
+
 def test_a_dictionary_beside_a_table_that_has_robertas_ids_changes_nothing(tmp_path):
     where = copy_of("roberta", tmp_path)
     shutil.copy(DATA / "roberta/dict.txt", where)
@@ -498,6 +552,8 @@ def test_an_id_outside_the_vocabulary_is_refused():
 def test_a_beginning_that_the_tokenizer_lacks_is_refused():
     with pytest.raises(ValueError, match="no bos token"):
         loaded("t5").encode("a", bos=True)
+    with pytest.raises(ValueError, match="max_length is 1, which leaves no room for the special ids"):
+        loaded("roberta").encode("a", bos=True, eos=True, max_length=1)
 
 
 def test_a_directory_without_a_tokenizer_is_refused_with_what_was_looked_for(tmp_path):
@@ -557,6 +613,10 @@ def changed(**model) -> dict:
         ),
         ("roberta-fairseq", "dict.txt", "13 1\n262\n", 'line 2 is "262"; a symbol and its count'),
         ("roberta-fairseq", "dict.txt", "13 1\n13 2\n", "1 symbols are repeated"),
+        ("words", "dict.txt", "13 1\n50118 2\nmadeupword0000 0\n", "numbers of GPT-2's tokens.* put encoder.json"),
+        ("words", "dict.txt", "a 1\n<unk> 2\n", 'lists "<unk>", which stands in every dictionary'),
+        ("words", "dict.txt", "", r"dict\.txt: its vocabulary is empty"),
+        ("words", "dict.txt", "a 1\nb\n", 'line 2 is "b"; a symbol and its count'),
         (
             "llama",
             "tokenizer.model",

@@ -28,8 +28,9 @@ class ByteTokenizer(Tokenizer):
         self.bos_token_id, self.eos_token_id, self.pad_token_id, self.unk_token_id = BOS, eos, pad, None
         self.starts_with_space, self.chat_template, self.vocab_size = False, None, 260
 
-    def encode(self, text, bos=False, eos=False):
-        return [BOS] * bos + list(text.encode()) + [EOS] * eos
+    def encode(self, text, bos=False, eos=False, max_length=None):
+        end = None if max_length is None else max_length - bos - eos
+        return [BOS] * bos + list(text.encode())[:end] + [EOS] * eos
 
     def decode(self, ids, skip_special=True):
         names = {i: "" if skip_special else name for name, i in self.special_tokens.items()}

@@ -257,6 +257,25 @@ def test_the_rate_of_the_schedule_is_the_rate_of_the_step(tmp_path):
     assert 0.01 <= model.lora_b.abs().max() <= 0.05 * 3 + 1e-6
 
 
+class Named(Toy):
+    """The same, with B under the name that it has in a model."""
+
+    def __init__(self):
+        super().__init__()
+        b = self.lora_b
+        del self.lora_b
+        self.layer = nn.ModuleDict({"lora_B": nn.ParameterDict({"weight": b})})
+        self.__dict__["lora_b"] = b
+
+
+def test_b_has_a_rate_of_its_own_at_every_step_and_the_base_rate_is_logged(tmp_path):
+    optimizer = replace(FAST, warmup_steps=2, schedule="cosine", eps=1e-30, lora_plus_ratio=4.0)
+    _, run, model = a_run(tmp_path, replace(CONFIG, max_steps=1, optimizer=optimizer), model=Named())
+    assert [line["lr"] for line in train_lines(run)] == [0.025]
+    moved = model.lora_b.detach().abs()  # from zero, in the first step, by the rate wherever there is a gradient
+    torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], 4 * 0.025), rtol=1e-3, atol=0)
+
+
 # How long
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from models import LoraConfig
 from models.errors import ConfigError
 from train.config import parse, read_config, to_toml
 from train.optimizer import OptimizerConfig
@@ -20,6 +21,17 @@ def test_flags_of_every_part_are_understood():
     assert config.lora.rank_pattern == {"q_proj": 8}
     assert (config.quant.block_size, config.optimizer.schedule) == (128, "cosine")
     assert config.optimizer == OptimizerConfig(schedule="cosine")
+
+
+def test_the_variants_of_an_adapter_are_flags_and_lines_of_a_file(tmp_path):
+    flags = "--lora.dora --lora.rslora --lora.init pissa --lora.modules-to-save embed_tokens lm_head"
+    config = parse(RunConfig, [*BASE, *flags.split(), "--optimizer.lora-plus-ratio", "16"])
+    expected = LoraConfig(dora=True, rslora=True, init="pissa", modules_to_save=("embed_tokens", "lm_head"))
+    assert config.lora == expected
+    assert config.optimizer.lora_plus_ratio == 16.0
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert read_config(RunConfig, tmp_path / "config.toml") == config
+    assert 'modules_to_save = ["embed_tokens", "lm_head"]' in (tmp_path / "config.toml").read_text()
 
 
 def test_a_recipe_written_and_read_back_is_equal_but_for_what_belongs_to_one_call(tmp_path):
@@ -47,6 +59,7 @@ def test_the_directory_is_out_or_the_name_under_runs_or_the_time_and_the_model()
         (["--name", "a/b"], "--name: name must be a plain name without slashes, not 'a/b'"),
         (["--optimizer.beta2", "2"], "--optimizer.beta2: beta2 must be at least 0 and below 1, not 2.0"),
         (["--epochs", "1"], "exactly one of max_steps and epochs says how long to train; got 5 and 1.0"),
+        (["--lora.init", "pisa"], "--lora.init: lora: init is 'pisa'; choose from default, pissa, loftq; did you mean"),
         (["--accumulation", "0"], "--accumulation: accumulation must be at least 1, not 0"),
     ],
 )

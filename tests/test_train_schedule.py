@@ -70,7 +70,7 @@ def test_adamw_makes_the_published_update():
     """Kingma & Ba's algorithm with Loshchilov & Hutter's decay, two steps by hand."""
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     config = OptimizerConfig(learning_rate=0.1, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.01)
-    optimizer = make_optimizer([weight], config)
+    optimizer = make_optimizer({"weight": weight}, config)
     expected, m, v = weight.detach().clone(), torch.zeros(2), torch.zeros(2)
     for step, gradient in enumerate([torch.tensor([0.5, -1.0]), torch.tensor([-0.25, 3.0])], start=1):
         gradient = gradient.double()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.held_out import held_out_loss
-from models import ConfigError, Llama, attach_lora, load, save_adapter
+from models import ConfigError, Llama, Refusal, attach_lora, load, save_adapter
 from models.device import pick_device, pick_dtype
 from models.llama import causal
 from models.precision import parts_in_memory, statement
@@ -91,6 +91,8 @@ def prepare(config: RunConfig) -> Finetuning:
         seed_everything(config.seed)
         try:
             attach_lora(model, config.lora)
+        except Refusal:
+            raise
         except ValueError as error:
             raise ConfigError(str(error)) from error
         model.gradient_checkpointing = config.gradient_checkpointing

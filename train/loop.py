@@ -15,7 +15,7 @@ from torch import nn
 from models.errors import ConfigError, DataError, NonFiniteError
 from train.interrupt import Interrupt
 from train.memory import peak_memory_bytes
-from train.optimizer import OptimizerConfig, make_optimizer
+from train.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from train.plot import plot_runs
 from train.progress import Progress
 from train.run import Run
@@ -118,7 +118,7 @@ def train(
         parameters = trainable(model)
         device = next(iter(parameters.values())).device
         total = total_steps(config, len(batches))
-        optimizer = make_optimizer(parameters.values(), config.optimizer)
+        optimizer = make_optimizer(parameters, config.optimizer)
         clip = config.optimizer.max_grad_norm
         progress = Progress(total, done=state.step, every=config.log_every, quiet=quiet, write=run.log)
 
@@ -140,8 +140,7 @@ def train(
                 for micro_batches in accumulated(batches, config.accumulation, state, total):
                     began = time.perf_counter()
                     rate = learning_rate(state.step + 1, total, config.optimizer)
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
+                    set_learning_rate(optimizer, rate)
                     step = update(model, parameters, optimizer, micro_batches, state.step + 1, clip)
                     state.step += 1
                     state.tokens += step.tokens

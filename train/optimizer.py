@@ -1,12 +1,18 @@
-"""The optimizer: AdamW on whatever is trainable, with the paper's settings (arXiv:2305.14314, appendix B)."""
+"""The optimizer: AdamW on whatever is trainable, with the paper's settings (arXiv:2305.14314, appendix B).
+
+With LoRA+ (Hayou et al. 2024) B learns at a higher rate than A: B starts at zero and takes its inputs from A, so that
+at one rate for both it learns too slowly in a wide model.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
+
+from models.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +23,8 @@ class OptimizerConfig:
     """The update rule."""
     learning_rate: float = 2e-4
     """The rate after warm-up; the paper takes 2e-4 up to 13B and 1e-4 above."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: how many times that rate B learns at, and A and all else at the rate itself; its paper takes 16."""
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.999
@@ -41,7 +49,7 @@ class OptimizerConfig:
             raise ValueError(f"the optimizer must be adamw, not {self.name!r}")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"schedule must be constant or cosine, not {self.schedule!r}")
-        for field in ("learning_rate", "eps"):
+        for field in ("learning_rate", "lora_plus_ratio", "eps"):
             value = getattr(self, field)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{field} must be a positive number, not {value}")
@@ -59,12 +67,32 @@ class OptimizerConfig:
             raise ValueError(f"warmup_steps must not be negative, not {self.warmup_steps}")
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Give the optimizer that the config names, over these parameters."""
-    return torch.optim.AdamW(
-        list(parameters),
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Give the optimizer that the config names, over these parameters, which are known by their names.
+
+    Each of its groups has a `ratio`, by which the learning rate of a step is multiplied for it.
+    """
+    b = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
+    others = [parameter for name, parameter in parameters.items() if ".lora_B." not in name]
+    ratio = config.lora_plus_ratio
+    if ratio == 1:
+        groups = [{"params": list(parameters.values()), "ratio": 1.0}]
+    elif not b:
+        raise ConfigError(f"optimizer.lora_plus_ratio is {ratio}, but no lora_B is trained; leave it at 1")
+    else:
+        groups = [{"params": others, "ratio": 1.0}, {"params": b, "ratio": ratio}]
+    optimizer = torch.optim.AdamW(
+        groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
+    set_learning_rate(optimizer, config.learning_rate)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of a step's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["ratio"]

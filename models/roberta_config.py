@@ -1,0 +1,141 @@
+"""What a RoBERTa checkpoint says about itself: config.json under the released field names.
+
+Fields that change the arithmetic are all here; one that asks for arithmetic that is not (another activation,
+relative positions, a decoder) is refused, never ignored. `problem_type` is what a classification head learns, and
+None says that the model fills masks instead: in files the field is often absent, and the head decides.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from models.config import number
+from models.errors import CheckpointError
+
+CLASSIFICATION, REGRESSION = "single_label_classification", "regression"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobertaConfig:
+    """Sizes and switches of a RoBERTa encoder and its head. What is not in a file is as the format defines it."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 512
+    """Rows of the position table: the first pad_token_id + 1 of them are never a token's position."""
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    """Before both layers of the classification head; None: as hidden_dropout_prob."""
+    bos_token_id: int | None = 0
+    eos_token_id: tuple[int, ...] = (2,)
+    pad_token_id: int = 1
+    problem_type: str | None = None
+    labels: tuple[str, ...] = ()
+    """What the classes are called, in the order of the logits."""
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"config: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise CheckpointError(
+                f"config: hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads"
+            )
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise CheckpointError(f"config: pad_token_id {self.pad_token_id} is no row of {self.vocab_size} tokens")
+        if self.max_position_embeddings < self.pad_token_id + 2:
+            raise CheckpointError(
+                f"config: max_position_embeddings is {self.max_position_embeddings}, but the first token's position is "
+                f"pad_token_id + 1 = {self.pad_token_id + 1}"
+            )
+        for name in RATES:
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                raise CheckpointError(f"config: {name} is {rate}; it must be at least 0 and below 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json that any reader of released RoBERTa checkpoints understands."""
+        values = {key: value for key, value in asdict(self).items() if value is not None and key != "labels"}
+        values["eos_token_id"] = self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id)
+        task = "MaskedLM" if self.problem_type is None else "SequenceClassification"
+        if self.labels:
+            values["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
+            values["label2id"] = {label: i for i, label in enumerate(self.labels)}
+        return {
+            "architectures": [f"RobertaFor{task}"],
+            "model_type": "roberta",
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+            "tie_word_embeddings": True,
+            **values,
+        }
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+REALS = (*RATES, "layer_norm_eps", "initializer_range")
+
+# Fields with one value that can be computed here; absent means this value.
+FIXED = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
+def roberta_config(raw: dict[str, Any], where: str) -> RobertaConfig:
+    """Read the fields of a config.json; `where` names the file in errors."""
+    for key, only in FIXED.items():
+        if raw.get(key, only) != only:
+            raise CheckpointError(f"{where}: {key} is {raw[key]!r}; RoBERTa is computed with {only!r} only")
+    values = {f.name: raw[f.name] for f in fields(RobertaConfig) if raw.get(f.name) is not None}
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    absent = [name for name in needed if name not in values]
+    if absent:
+        raise CheckpointError(f"{where}: lacks {', '.join(absent)}")
+    for name in (*SIZES, "pad_token_id", "bos_token_id"):
+        if name in values:
+            values[name] = number(values[name], f"{where}: {name}")
+    for name in REALS:
+        if isinstance(values.get(name, 0.0), bool) or not isinstance(values.get(name, 0.0), int | float):
+            raise CheckpointError(f"{where}: {name} is {values[name]!r}; a number is needed")
+    eos = values.get("eos_token_id", RobertaConfig.eos_token_id)
+    values["eos_token_id"] = tuple(
+        number(id, f"{where}: eos_token_id") for id in (eos if isinstance(eos, list | tuple) else [eos])
+    )
+    if not isinstance(values.get("problem_type", ""), str):
+        raise CheckpointError(f"{where}: problem_type is {values['problem_type']!r}; a name is needed")
+    values["labels"] = label_names(raw, where)
+    return RobertaConfig(**values)
+
+
+def label_names(raw: dict[str, Any], where: str) -> tuple[str, ...]:
+    """Names of the classes from `id2label`; a `num_labels` that says otherwise wins, as it does for other readers."""
+    table = raw.get("id2label") or {}
+    if not isinstance(table, dict) or set(table) != {str(i) for i in range(len(table))}:
+        raise CheckpointError(f"{where}: id2label is {table!r:.80}; a name for each of 0, 1, 2, ... is needed")
+    count = raw.get("num_labels")
+    if count is not None and number(count, f"{where}: num_labels") != len(table):
+        return numbered_labels(count)
+    return tuple(str(table[str(i)]) for i in range(len(table)))
+
+
+def numbered_labels(count: int) -> tuple[str, ...]:
+    """Names for classes that have none."""
+    return tuple(f"LABEL_{i}" for i in range(count))
