@@ -8,8 +8,8 @@ What is quantized: the linear layers of the blocks. Embeddings, norms and the he
 
 A checkpoint may be in 4 bits already. What its tensors say counts, layer by layer: a weight with a
 `quant_state` is taken as it is, any other is dense and stays dense, whatever config.json says of either. Only
-the dtype is the caller's: codes decode to it. A head that another writer put in 4 bits is decoded, because here
-heads are dense. config.json just has to name a method that is read here.
+the dtype is the caller's: codes decode to it. What another writer put in 4 bits though no `Linear` takes its place
+here, as an embedding, is decoded. config.json just has to name a method that is read here.
 """
 
 from collections.abc import Iterator
@@ -88,7 +88,7 @@ def stream(
                 yield name, q if name in linears else kernels.dequantize(q, dtype), None
                 continue
             weight = read_dense(name, reader).to(device)
-            if name in linears and quant is not None and not stored:
+            if quant is not None and not stored and name in linears and not linears[name].in_head:
                 weight = weight.to(reader.released_dtype or dtype)
                 yield name, replace(kernels.quantize(weight, quant, name=name), dtype=dtype), weight
             else:
@@ -124,9 +124,9 @@ def matched(model: Model, reader: Reader) -> Source:
     return Source(renamed, stored, fresh)
 
 
-def linear_weights(model: Model) -> set[str]:
-    """The parameters that may be stored in few bits."""
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+def linear_weights(model: Model) -> dict[str, Linear]:
+    """The parameters that may be stored in few bits, with their layers."""
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
 def place(model: Model, name: str, value: Tensor | QuantizedTensor) -> None:
@@ -135,7 +135,7 @@ def place(model: Model, name: str, value: Tensor | QuantizedTensor) -> None:
     module = model.get_submodule(owner)
     if isinstance(value, QuantizedTensor):
         assert isinstance(module, Linear)
-        model.set_submodule(owner, NF4Linear(value, module.bias))
+        model.set_submodule(owner, NF4Linear(value, module.bias, module.in_head))
     else:
         setattr(module, leaf, nn.Parameter(value))
 

@@ -1,6 +1,8 @@
 """The linear layer of every model here: dense or stored in 4 bits, each with room for a LoRA adapter.
 
-A block asks for `Linear`; loading with a QuantConfig puts an `NF4Linear` in its place. Both keep the
+A block asks for `Linear`; loading with a QuantConfig puts an `NF4Linear` in its place. A head of several layers asks
+for `Linear` as well, with `in_head`: such a layer stays in 16 bits and without an adapter unless it is stored in 4 bits
+already, or is named. Both keep the
 parameter names of the released checkpoints (`weight`, `bias`), to which an adapter adds `lora_A.weight`,
 `lora_B.weight` and, with DoRA, `lora_magnitude_vector`. In an `NF4Linear` codes are uint8 parameters without
 gradient, which sharding treats like any other weight, and float32 scales are buffers that no cast of the model
@@ -30,9 +32,9 @@ class AdaptableLinear(nn.Module):
     bias: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, in_head: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.in_head = in_features, out_features, in_head
         self.lora_A: nn.Linear | None = None
         self.lora_B: nn.Linear | None = None
         self.register_parameter("lora_magnitude_vector", None)
@@ -77,15 +79,17 @@ class AdaptableLinear(nn.Module):
 class Linear(AdaptableLinear):
     """The layer over a dense weight."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, in_head: bool = False) -> None:
+        super().__init__(in_features, out_features, in_head)
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     @classmethod
-    def from_weight(cls, weight: Float[Tensor, "N K"], bias: nn.Parameter | None = None) -> "Linear":
+    def from_weight(
+        cls, weight: Float[Tensor, "N K"], bias: nn.Parameter | None = None, in_head: bool = False
+    ) -> "Linear":
         layer = cls.__new__(cls)
-        AdaptableLinear.__init__(layer, weight.shape[1], weight.shape[0])
+        AdaptableLinear.__init__(layer, weight.shape[1], weight.shape[0], in_head)
         layer.weight, layer.bias = nn.Parameter(weight), bias
         return layer
 
@@ -112,11 +116,11 @@ class Linear(AdaptableLinear):
 class NF4Linear(AdaptableLinear):
     """The same layer over a quantized weight, which is decoded inside the product and never kept."""
 
-    def __init__(self, q: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, q: QuantizedTensor, bias: nn.Parameter | None = None, in_head: bool = False) -> None:
         if len(q.shape) != 2:
             raise ValueError(f"a linear layer needs a weight of 2 dimensions; this one has shape {q.shape}")
         N, K = q.shape
-        super().__init__(K, N)
+        super().__init__(K, N, in_head)
         self.bias = bias
         self.store(q)
 

@@ -74,7 +74,7 @@ def merge_adapter(model: nn.Module) -> None:
     attachment = attached(model)
     for name, layer in list(adapted_layers(model)):
         dense = merged(layer.dense_weight(), layer).to(layer.dtype)
-        model.set_submodule(name, Linear.from_weight(dense, layer.bias))
+        model.set_submodule(name, Linear.from_weight(dense, layer.bias, layer.in_head))
     if attachment is not None:
         settle(model, attachment.originals)
         note(model, None)
@@ -136,7 +136,7 @@ def targeted_layers(model: nn.Module, config: LoraConfig) -> dict[str, Adaptable
         for name, m in model.named_modules()
         if isinstance(m, AdaptableLinear) and not within(name, config.modules_to_save)
     }
-    chosen = {name: layer for name, layer in layers.items() if config.targets(name)}
+    chosen = {name: layer for name, layer in layers.items() if config.targets(name, layer.in_head)}
     targets = config.target_modules
     wanted = (targets,) if isinstance(targets, str) else targets
     single = [LoraConfig(target_modules=targets if isinstance(targets, str) else (w,)) for w in wanted]

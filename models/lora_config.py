@@ -75,10 +75,12 @@ class LoraConfig:
         alpha = matching(self.alpha_pattern, name, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
 
-    def targets(self, name: str) -> bool:
-        """Does the layer of that name get an adapter?"""
+    def targets(self, name: str, in_head: bool = False) -> bool:
+        """Does the layer of that name get an adapter? One in a head has to be named."""
+        if self.target_modules == "all-linear":
+            return not in_head
         if isinstance(self.target_modules, str):
-            return self.target_modules == "all-linear" or fits(self.target_modules, name)
+            return fits(self.target_modules, name)
         return any(ends_with(name, target) for target in self.target_modules)
 
 

@@ -143,7 +143,7 @@ def dense_shape(model: Model, name: str) -> tuple[int, ...]:
 
 def moves_base(layer: AdaptableLinear) -> bool:
     """Is the layer's base another than its checkpoint's weight?"""
-    return getattr(layer.lora_config, "init", "default") != "default"
+    return layer.lora_config.init != "default"
 
 
 def base_reader(model: Model, base: str | Path) -> RenamedReader:

@@ -89,11 +89,11 @@ def requantize(
     layers: list[LayerReport],
 ) -> float | None:
     """Put the merged layer in place; the size of its rounding error in those of the adapter's change comes back."""
-    config = layer.quant_config if isinstance(layer, NF4Linear) else quant
+    config = layer.quant_config if isinstance(layer, NF4Linear) else None if layer.in_head else quant
     base = layer.dense_weight().float()
     weight = base if layer.lora_A is None else merged(base, layer)
-    if config is None:  # a layer that is dense among others in 4 bits stays so
-        model.set_submodule(name, Linear.from_weight(weight.to(dtype), layer.bias))
+    if config is None:  # a head, or a layer that is dense among others in 4 bits, stays so
+        model.set_submodule(name, Linear.from_weight(weight.to(dtype), layer.bias, layer.in_head))
         return None
     if isinstance(layer, NF4Linear) and layer.lora_A is None:
         q = layer.quantized
@@ -101,10 +101,10 @@ def requantize(
         q = replace(kernels.quantize(weight, config, name=f"{name}.weight"), dtype=dtype)
     value = readable(f"{name}.weight", q, weight, model)
     if not isinstance(value, QuantizedTensor):
-        model.set_submodule(name, Linear.from_weight(value, layer.bias))
+        model.set_submodule(name, Linear.from_weight(value, layer.bias, layer.in_head))
         return None
     layers.append(report(f"{name}.weight", weight, value))
-    model.set_submodule(name, NF4Linear(value, layer.bias))
+    model.set_submodule(name, NF4Linear(value, layer.bias, layer.in_head))
     change = (weight - base).norm().item()
     return (nf4.dequantize(value, torch.float32) - weight).norm().item() / change if change else None
 

@@ -139,7 +139,7 @@ def read_peft_config(path: Path, model: nn.Module, names: Collection[str]) -> Lo
             )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptableLinear)}
     try:
-        chosen = [name for name in layers if chooses(raw, name)]
+        chosen = [name for name, layer in layers.items() if chooses(raw, name, layer.in_head)]
         init = read_init(path, raw, {name: layers[name] for name in chosen})
         config = LoraConfig(
             rank=raw["r"],
@@ -174,15 +174,17 @@ def harmless(pattern: str) -> bool:
     return len(pattern) <= 1000 and len(re.findall(r"[*+{]", pattern)) <= 6 and not re.search(r"\)[*+{]", pattern)
 
 
-def chooses(raw: dict[str, Any], name: str) -> bool:
+def chooses(raw: dict[str, Any], name: str, in_head: bool = False) -> bool:
     """Would PEFT put an adapter on the linear layer of that name?"""
     targets, excluded = raw.get("target_modules"), raw.get("exclude_modules")
     if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else listed(name, excluded)):
         return False
     if within(name, raw.get("modules_to_save") or []):
         return False
+    if targets == "all-linear":
+        return not in_head
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+        return re.fullmatch(targets, name) is not None
     return listed(name, targets or []) and transformed(raw, name)
 
 
@@ -225,11 +227,14 @@ def first_wins(pattern: dict[str, Any], chosen: Collection[str], default: float)
 def saved_modules(model: nn.Module, given: Collection[str], names: Collection[str]) -> tuple[str, ...]:
     """The modules to save that the model has. (PEFT lists every name that a classifier may go by.)
 
-    One that the model lacks is left out only if the file has no tensors for it.
+    One that the model lacks is left out only if the file has no tensors for it. For PEFT `norm` is the end of
+    `layernorm` too: what is saved of such modules is handed on by name.
     """
     modules = [name for name, _ in model.named_modules()]
     owners = [name.rpartition(".")[0] for name in names if layer_of(name) is None]
-    return tuple(g for g in given if any(ends_with(m, g) for m in modules) or any(within(o, [g]) for o in owners))
+    known = [g for g in given if any(ends_with(m, g) for m in modules) or any(within(o, [g]) for o in owners)]
+    longer = [m for m in modules if any(m.endswith(g) and not ends_with(m, g) for g in given)]
+    return tuple(known + [m for m in longer if any(within(owner, [m]) for owner in owners)])
 
 
 def read_init(path: Path, raw: dict[str, Any], layers: Mapping[str, AdaptableLinear]) -> str:

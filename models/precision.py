@@ -133,7 +133,7 @@ def part_of(model: nn.Module, name: str) -> str:
     module, leaf = owner(model, name)
     if "lora_" in name:
         return ADAPTERS
-    if isinstance(module, AdaptableLinear):
+    if isinstance(module, AdaptableLinear) and not module.in_head:
         return "biases" if leaf == "bias" else "block linears"
     if isinstance(module, nn.Embedding):
         return "embeddings"

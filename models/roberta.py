@@ -138,6 +138,8 @@ class Encoder(nn.Module):
 class Roberta(Model):
     """The encoder with one head: masked language model, classification or regression."""
 
+    heads = ("lm_head.decoder",)
+
     def __init__(self, config: RobertaConfig, fresh_head: bool = False) -> None:
         super().__init__()
         self.config: RobertaConfig = config

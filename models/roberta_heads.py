@@ -1,6 +1,7 @@
 """What stands on RoBERTa's encoder: a head that fills masks, or one that labels texts, each with its loss.
 
-B batch, T tokens, D width, V vocabulary. Heads stay in 16 bits: they are small, and often trained whole.
+B batch, T tokens, D width, V vocabulary. Heads stay in 16 bits, unless a file has them in 4: they are small, and often
+trained whole.
 """
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 import kernels
+from models.linear import Linear
 from models.roberta_config import REGRESSION, RobertaConfig
 
 
@@ -17,7 +19,7 @@ class MaskedHead(nn.Module):
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size, bias=True, in_head=True)
         self.layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
 
@@ -44,8 +46,8 @@ class ClassificationHead(nn.Module):
         rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.regression = config.problem_type == REGRESSION
         self.dropout = nn.Dropout(rate)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, len(config.labels))
+        self.dense = Linear(config.hidden_size, config.hidden_size, bias=True, in_head=True)
+        self.out_proj = Linear(config.hidden_size, len(config.labels), bias=True, in_head=True)
 
     def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B labels"]:
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 import nf4
-from models.lora import adapted_layers, detach
+from models.lora import adapted_layers, attached, detach
 from models.lora_config import ends_with, fits
 from models.peft_config import chooses, first_wins, longest_first, peft_config, target_names
 from models.peft_names import released_name
@@ -293,6 +293,20 @@ def test_a_classifiers_adapter_brings_its_head(tmp_path):
     models.load_adapter(again, tmp_path)
     assert torch.equal(again(IDS % 32), model(IDS % 32))
     assert not torch.equal(again(IDS % 32), before)
+
+
+def test_modules_to_save_of_a_peft_file_are_found_by_the_ends_of_their_letters(tmp_path):
+    """For PEFT `norm` is the end of `input_layernorm` too, and its files say no more."""
+    model = base()
+    models.attach_lora(model, models.LoraConfig(rank=2, modules_to_save=("norm", "layers.1.input_layernorm")))
+    models.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["norm"]}))
+    again = base()
+    models.load_adapter(again, tmp_path)
+    attachment = attached(again)
+    assert attachment is not None
+    assert set(attachment.originals) == {"model.norm.weight", "model.layers.1.input_layernorm.weight"}
 
 
 @pytest.mark.parametrize("saved", [(), ("classifier.out_proj",)])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import models
 import nf4
 import qlora
+from models.checkpoint import place
 from models.gguf_check import check, divergence, rounding
 from models.gguf_layout import gguf_name, released_name
 from models.gguf_vocabulary import merges_of
@@ -261,6 +262,17 @@ def test_the_parts_of_a_4_bit_weight_are_renamed_with_it(tmp_path):
     assert torch.equal(models.load(tmp_path / "m", dtype=torch.float32)(ids), quantized(ids))
 
 
+def test_a_head_in_4_bits_is_not_named_among_the_dense_layers(tmp_path):
+    model = models.load(GOLDEN / "roberta-mlm", nf4.QuantConfig(), torch.float32)
+    q = nf4.quantize(model.get_parameter("lm_head.dense.weight"), nf4.QuantConfig())
+    place(model, "lm_head.dense.weight", q)
+    models.save(model, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert config["llm_int8_skip_modules"] == ["lm_head.decoder"]
+    ids = torch.arange(3, 12)[None]
+    assert torch.equal(models.load(tmp_path / "m", dtype=torch.float32)(ids), model(ids))
+
+
 @pytest.mark.parametrize("case", ["t5-v1_0", "t5-v1_1", "roberta-mlm", "roberta-classify"])
 def test_a_gguf_is_of_a_llama_and_4_bits_of_any_model(case, base, tmp_path, capsys):
     source = tmp_path / "source"
@@ -276,8 +288,8 @@ def test_a_gguf_is_of_a_llama_and_4_bits_of_any_model(case, base, tmp_path, caps
     model = models.load(tmp_path / "out", dtype=torch.float32)
     dense = {n for n, m in model.named_modules() if isinstance(m, Linear | torch.nn.Linear)}
     assert config["quant_method"] == "bitsandbytes"
-    assert set(config["llm_int8_skip_modules"]) == dense | {"lm_head"}
-    assert all(name.endswith(".wo") == case.startswith("t5") for name in dense - {"lm_head"})
+    assert set(config["llm_int8_skip_modules"]) == dense | set(model.heads)
+    assert all(name.endswith(".wo") == case.startswith("t5") for name in dense if "layer" in name)
 
 
 def test_a_reference_4_bit_checkpoint_is_saved_with_its_codes(tmp_path):

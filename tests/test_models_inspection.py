@@ -51,6 +51,33 @@ def test_every_layout_is_told_with_its_counts(name, tmp_path, capsys):
     assert found["sizes"]["hidden_size"] == 64
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture", "task", "layout"),
+    [
+        ("t5-v1_0", "T5ForConditionalGeneration", "SEQ_2_SEQ_LM", "released names (.safetensors)"),
+        ("roberta-mlm", "RobertaForMaskedLM", None, "released names (.safetensors)"),
+        ("roberta-classify", "RobertaForSequenceClassification", "SEQ_CLS", "released names (.safetensors)"),
+        ("roberta-fairseq/model.pt", "RobertaForMaskedLM", None, ".pt file with weights and settings"),
+    ],
+)
+def test_every_architecture_is_told_with_its_task(name, architecture, task, layout, capsys):
+    found = inspected(capsys, GOLDEN / name)
+    assert (found["architecture"], found["task"], found["layout"]) == (architecture, task, layout)
+    count = sum(p.numel() for p in models.load(GOLDEN / name).parameters())
+    assert found["parameters"] == count
+    assert found["bytes"] == 4 * count
+
+
+def test_a_tensor_under_another_name_is_counted_where_it_belongs(tmp_path, capsys):
+    tensors = load_file(GOLDEN / "llama3-rope-tied" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    (tmp_path / "config.json").write_bytes((GOLDEN / "llama3-rope-tied" / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    parts = {part["name"]: part for part in inspected(capsys, tmp_path)["parts"]}
+    assert parts["embeddings"]["nbytes"] == {"float32": 4 * parts["embeddings"]["parameters"]}
+    assert "head" not in parts
+
+
 def test_no_tensor_of_a_dense_checkpoint_is_read(tmp_path, capsys, monkeypatch):
     def read(reader, name):
         raise AssertionError(f"{name} was read")

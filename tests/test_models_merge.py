@@ -140,6 +140,48 @@ def test_what_is_trained_in_a_wider_dtype_is_merged_and_compared_as_the_model_co
     assert settled(torch.arange(4)[None]).dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "source", ["t5-v1_0", "t5-v1_1", "roberta-mlm", "roberta-classify", "roberta-fairseq/model.pt"]
+)
+def test_every_architecture_is_merged_and_answers_alike(source, tmp_path):
+    model = adapted(GOLDEN / source)
+    report = merge_checkpoint(model, tmp_path / "m")
+    probe = random_probe(model)
+    before, after = answers(in_float32(model), probe), answers(load_lazily(tmp_path / "m", torch.float32), probe)
+    found = compare(before, after)
+    assert len(report) == len(list(adapted_layers(model)))
+    assert 0 < found.mean_kl < 1e-3
+    assert found.positions == (4 if "classify" in source else probe.numel())
+    torch.testing.assert_close(after, answers(models.load(tmp_path / "m", dtype=torch.float32), probe))
+
+
+VARIANTS = {
+    "dora": models.LoraConfig(rank=4, alpha=8.0, dora=True),
+    "pissa": models.LoraConfig(rank=4, alpha=8.0, init="pissa"),
+    "loftq": models.LoraConfig(rank=4, alpha=8.0, init="loftq", rslora=True),
+    "whole": models.LoraConfig(rank=4, alpha=8.0, modules_to_save=("lm_head", "norm")),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_a_saved_adapter_is_merged_into_the_base_that_it_fits(variant, tmp_path):
+    torch.manual_seed(0)
+    model = models.load(BASE, nf4.QuantConfig())
+    models.attach_lora(model, VARIANTS[variant])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    models.save_adapter(model, tmp_path / "adapter")
+    again = models.load(BASE, nf4.QuantConfig())
+    models.load_adapter(again, tmp_path / "adapter")
+    report = merge_checkpoint(again.eval(), tmp_path / "m")
+    probe = random_probe(again)
+    found = compare(answers(in_float32(again), probe), answers(load_lazily(tmp_path / "m", torch.float32), probe))
+    assert 0 < found.mean_kl < 1e-4
+    known = {layer.noise is not None for layer in report}
+    assert known == {variant in ("dora", "whole")}  # the other two changed the base
+
+
 def test_shards_are_of_the_size_asked_and_hold_the_same_tensors(tmp_path):
     model = adapted()
     merge_checkpoint(model, tmp_path / "one")
@@ -244,8 +286,12 @@ def test_a_probe_is_the_same_for_a_seed_holds_no_padding_and_fits_the_model():
 
 def test_a_text_is_cut_into_whole_rows(model):
     loaded, tokenizer = models.load(model), models.load_tokenizer(model)
-    ids = tokenizer.encode("It is red. " * 20)
-    assert text_probe(loaded, tokenizer, "It is red. " * 20).flatten().tolist() == ids[:128]
+    text = "It is red and small. " * 40
+    ids = tokenizer.encode(text)
+    assert 256 < len(ids) < 512
+    probe = text_probe(loaded, tokenizer, text)
+    assert probe.shape[1] == 128
+    assert probe.flatten().tolist() == ids[: len(ids) // 128 * 128]
     assert text_probe(loaded, tokenizer, "It is").tolist() == [tokenizer.encode("It is")]
 
 
@@ -409,7 +455,7 @@ def test_a_base_that_is_quantized_of_other_shapes_or_another_architecture_is_ref
 def test_an_adapter_that_took_something_out_of_its_base_is_merged_into_no_other(tmp_path):
     model = adapted()
     for _, layer in adapted_layers(model):
-        layer.lora_config = type("Config", (), {"init": "pissa"})
+        layer.lora_config = models.LoraConfig(init="pissa")
     assert {layer.noise for layer in merge_checkpoint(model, tmp_path / "m")} == {None}
     with pytest.raises(models.CheckpointError, match="fits no other"):
         merge_checkpoint(model, tmp_path / "n", base=BASE)

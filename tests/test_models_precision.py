@@ -25,7 +25,7 @@ from models.precision import (
 from tests.golden import GOLDEN, LAYOUTS, layout
 from train.footprint import footprint
 
-SOURCES = ("llama-gqa", "llama3-rope-tied", "llama-headdim-bias")
+SOURCES = ("llama-gqa", "llama3-rope-tied", "llama-headdim-bias", "t5-v1_1", "roberta-mlm", "roberta-classify")
 FORMATS = (None, nf4.QuantConfig(), nf4.QuantConfig(codebook="nf3", block_size=32, double_quant=False))
 
 
@@ -75,6 +75,7 @@ def test_modules_are_told_by_their_class():
             self.positions = nn.Embedding(3, 2)
             self.norm, self.other = FancyNorm(), nn.LayerNorm(2)
             self.dense = Linear(2, 2, bias=True)
+            self.pooler = Linear(2, 2, in_head=True)
             self.out = nn.Linear(2, 2)
             self.bias = nn.Parameter(torch.zeros(2))
 
@@ -86,6 +87,7 @@ def test_modules_are_told_by_their_class():
         "other.bias": "norms",
         "dense.weight": "block linears",
         "dense.bias": "biases",
+        "pooler.weight": "head",
         "out.weight": "head",
         "out.bias": "head",
         "bias": "head",
@@ -113,6 +115,7 @@ def test_a_saved_model_takes_on_disk_what_it_takes_in_memory(quant, tmp_path):
         if quant is not None and quant.double_quant and part.name == QUANTIZED:
             nbytes["scales"] += 4 * part.tensors  # the offset is text in a file
         assert nbytes == part.nbytes
+        assert other.bits_per_weight == pytest.approx(part.bits_per_weight, rel=1e-2)  # without the tables
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

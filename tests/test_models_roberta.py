@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import models
 import nf4
 from models.linear import Linear, NF4Linear
+from models.lora import adapted_layers
 from models.roberta import Roberta, positions_and_mask
 from models.roberta_config import RobertaConfig, roberta_config
 from tests.golden import DATA, GOLDEN, answers
@@ -249,7 +250,7 @@ def test_the_linear_layers_of_the_blocks_are_quantized_and_nothing_else_is():
     layer = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
     leaves = (*layer, "intermediate.dense", "output.dense")
     assert quantized == {f"roberta.encoder.layer.{i}.{leaf}" for i in (0, 1) for leaf in leaves}
-    assert not any(isinstance(module, Linear) for module in model.modules())
+    assert all(module.in_head for module in model.modules() if isinstance(module, Linear))
     assert model.get_parameter("classifier.dense.weight").dtype == torch.bfloat16
 
 
@@ -513,3 +514,29 @@ def test_gelu_is_the_exact_one():
     z = F.linear(x, half.get_parameter("dense.weight"), half.get_parameter("dense.bias"))
     torch.testing.assert_close(half(x), z * 0.5 * (1 + torch.erf(z / 2**0.5)))
     assert not torch.allclose(half(x), F.gelu(z, approximate="tanh"), atol=1e-5)
+
+
+# Heads in other tools' files
+
+
+@pytest.mark.parametrize("name", ["roberta-mlm", "roberta-classify"])
+def test_a_head_that_is_stored_in_4_bits_stays_so_and_gets_no_adapter_unless_it_is_named(name, tmp_path):
+    """Other writers quantize the layers of these heads too."""
+    tensors = load_file(GOLDEN / name / "model.safetensors")
+    heads = [n for n in tensors if n.startswith(("lm_head.", "classifier.")) and tensors[n].ndim == 2]
+    for head in heads:
+        tensors |= nf4.to_state_dict(nf4.quantize(tensors.pop(head)), head)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(GOLDEN / name / "config.json", tmp_path)
+    model = models.load(tmp_path, nf4.QuantConfig(), dtype=torch.float32)
+    stored = {n for n, m in model.named_modules() if isinstance(m, NF4Linear) and m.in_head}
+    assert {f"{n}.weight" for n in stored} == set(heads)
+    models.attach_lora(model, models.LoraConfig(rank=2))
+    assert not stored & {n for n, _ in adapted_layers(model)}
+
+    named = models.load(tmp_path, dtype=torch.float32)
+    models.attach_lora(named, models.LoraConfig(rank=2, target_modules=tuple(stored)))
+    assert {n for n, _ in adapted_layers(named)} == stored
+    models.merge_adapter(named)
+    models.save(named, tmp_path / "merged")
+    assert {n for n, m in named.named_modules() if isinstance(m, Linear) and m.in_head} == stored
