@@ -20,6 +20,7 @@ from models.gguf_writer import encoded, shapes, stored_as, weight_of, write_gguf
 from models.linear import Linear, NF4Linear
 from models.llama import Llama, causal
 from models.meta_layout import half_rotation_order, interleaved_order
+from models.readers import RenamedReader, SafetensorsReader
 from models.tokenizer_json import read_tokenizer_json
 from tests import tiny
 from tests.golden import DATA, GOLDEN
@@ -271,6 +272,15 @@ def test_a_head_in_4_bits_is_not_named_among_the_dense_layers(tmp_path):
     assert config["llm_int8_skip_modules"] == ["lm_head.decoder"]
     ids = torch.arange(3, 12)[None]
     assert torch.equal(models.load(tmp_path / "m", dtype=torch.float32)(ids), model(ids))
+
+
+def test_the_parts_go_by_the_name_of_their_weight_alone(tmp_path):
+    tensors = nf4.to_state_dict(nf4.quantize(torch.randn(3, 64)), "old.weight")
+    save_file(tensors | {"old.bias": torch.zeros(3)}, tmp_path / "m.safetensors")
+    names = {"old.weight": "new.weight", "old.bias": "new.bias"}
+    renamed = RenamedReader(SafetensorsReader(tmp_path / "m.safetensors"), names.get)
+    assert renamed.shapes.keys() == {name.replace("old", "new") for name in tensors} | {"new.bias"}
+    assert torch.equal(renamed.read("new.weight.absmax"), tensors["old.weight.absmax"])
 
 
 @pytest.mark.parametrize("case", ["t5-v1_0", "t5-v1_1", "roberta-mlm", "roberta-classify"])
