@@ -8,6 +8,7 @@ name and shape by shape, and searched for NaN, before the model is touched.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     verify(partial, tensors)
     config = directory / ".adapter_config.json.partial"
     config.write_text(json.dumps(peft_config(model), indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(config, partial)  # safetensors makes files that only their owner reads
     for path, name in ((partial, "adapter_model.safetensors"), (config, "adapter_config.json")):
         with path.open("rb") as f:
             os.fsync(f.fileno())

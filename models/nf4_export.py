@@ -5,6 +5,8 @@ take in 4 bits. An adapter stays apart, because it was trained around these very
 it loses part of what it learned, and the result says how much.
 """
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +39,22 @@ def export_nf4(target: Target, out: Path, options: LoadOptions, merge: bool = Fa
         raise ConfigError(f"export: {problem}. `qlora quantize` writes any format, for this project to read")
     device = pick_device(options.device)
     dtype = pick_dtype(stored_dtype(options.dtype, target.dtype, raw if stored else {}), device)
-    if merge:
-        layers, notes = export_merged(target, out, quant, dtype, device)
-    else:
-        layers = quantize_checkpoint(target.base, out, quant, dtype, device, for_others=True)
-        notes = [f"the adapter is not in it: `qlora export --format adapter` writes it for {out}"]
-        notes = notes if target.adapter is not None else []
-    count = read_back(out, dtype)
+    partial = out.with_name(f".{out.name}.export-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if merge:
+            layers, notes = export_merged(target, partial, quant, dtype, device)
+        else:
+            layers, notes = quantize_checkpoint(target.base, partial, quant, dtype, device, for_others=True), []
+        count = read_back(partial, dtype)
+        if out.exists():
+            out.rmdir()  # empty: the command refuses any other
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if target.adapter is not None and not merge:
+        hint = f"`qlora export RUN DIRECTORY --format adapter --base {out}` writes it for this base"
+        notes.append(f"the adapter is not in it: {hint}")
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     notes.append(f"{count} layers in 4 bits; {size / 1e6:.1f} MB in {out}")
     worst = max((layer.relative_error for layer in layers), default=None)

@@ -180,6 +180,15 @@ def test_layers_that_others_never_quantize_are_written_dense(base, tmp_path, mon
     assert torch.equal(decoded.get_parameter(f"{name}.weight"), stored.dense_weight())
 
 
+def test_a_4_bit_export_that_cannot_be_read_back_is_not_kept(base, tmp_path, capsys, monkeypatch):
+    def refuses(*_):
+        raise models.CheckpointError("it was not read back")
+
+    monkeypatch.setattr("models.nf4_export.read_back", refuses)
+    assert "not read back" in told(capsys, base, tmp_path / "out", "--format", "nf4", code=4)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_stored_checkpoint_is_exported_with_its_codes(base, tmp_path):
     models.save(models.load(base, nf4.QuantConfig("fp4", 128, double_quant=False)), tmp_path / "stored")
     models.save_tokenizer(models.load_tokenizer(base), tmp_path / "stored")

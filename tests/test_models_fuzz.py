@@ -27,7 +27,7 @@ from models.lora import detach
 from tests import tiny
 from tests.golden import GOLDEN
 
-fuzz = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+fuzz = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 # JSON values of every type, with the numbers that break arithmetic. As few layers as a hand can count are really
 # built, so that no example takes long.

@@ -18,7 +18,7 @@ from models.quantize import quantize_checkpoint
 from nf4.codebook import CODEBOOKS
 from tests import tiny
 
-every = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+every = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 formats = st.builds(
     nf4.QuantConfig,
@@ -150,6 +150,14 @@ def test_the_config_names_every_dense_linear_layer_and_no_other(tmp_path_factory
             name.removesuffix(".weight") for name, _ in Llama(model.config).named_parameters() if "proj.w" in name
         }
     assert named == linears - quantized | {"lm_head"}
+
+
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path):
+    model = models.load(tiny.checkpoint(tmp_path / "source"))
+    models.attach_lora(model, models.LoraConfig(rank=2))
+    models.save_adapter(model, tmp_path / "adapter")
+    for directory in ("source", "adapter"):
+        assert len({file.stat().st_mode for file in (tmp_path / directory).iterdir()}) == 1
 
 
 def test_only_formats_that_others_know_are_called_bitsandbytes(tmp_path):
