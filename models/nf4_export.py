@@ -63,9 +63,12 @@ def export_nf4(target: Target, out: Path, options: LoadOptions, merge: bool = Fa
 
 def stored_dtype(asked: str, of_run: str | None, raw: dict[str, Any]) -> str:
     """What everything but the codes is written in: as asked, as the run computed, or as the file says."""
+    if asked != "auto":
+        return asked
+    if of_run is not None:
+        return of_run
     of_file = raw.get("torch_dtype", raw.get("dtype"))
-    choices = [asked, of_run, of_file if isinstance(of_file, str) and of_file in DTYPES else None]
-    return next((name for name in choices if name not in (None, "auto")), "bfloat16")
+    return of_file if isinstance(of_file, str) and of_file in DTYPES else "bfloat16"
 
 
 def export_merged(
