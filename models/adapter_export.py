@@ -18,16 +18,16 @@ from models.checkpoint import open_checkpoint, skeleton
 from models.errors import CheckpointError, ConfigError
 from models.peft_names import PREFIX
 from models.readers import read_json
-from models.target import Target
-from models.tokenizer import load_tokenizer, save_tokenizer
+from models.target import LoadOptions, Target
+from models.tokenizer import find_tokenizer, save_tokenizer
 
 
-def export_adapter(target: Target, out: Path, base_name: str | None = None) -> dict[str, Any]:
+def export_adapter(target: Target, out: Path, options: LoadOptions, base_name: str | None = None) -> dict[str, Any]:
     """Write the directory `out`, aside first, and compare what it holds."""
     if target.adapter is None:
         raise ConfigError("export: this checkpoint has no adapter; name a run, or give --load.adapter DIRECTORY")
     raw, base, where = open_checkpoint(target.base)
-    model = skeleton(raw, where, base)
+    model = skeleton(raw, where, base, options.head, options.num_labels)
     reader, lora = read_peft(target.adapter, model)
     check(model, lora, reader, target.adapter)
     tensors = {PREFIX + name: reader.read(name).contiguous() for name in reader.shapes}
@@ -36,14 +36,15 @@ def export_adapter(target: Target, out: Path, base_name: str | None = None) -> d
         raise CheckpointError(f"{target.adapter}: every B is zero, so the adapter does nothing; was it trained?")
     config = read_json(target.adapter / "adapter_config.json")
     config["base_model_name_or_path"] = base_name or str(target.base)
-    tokenizer = load_tokenizer(target.base)
+    tokenizer = find_tokenizer(target.base)
 
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         write(partial, tensors, config)
-        save_tokenizer(tokenizer, partial)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, partial)
         if out.exists():
             out.rmdir()  # empty: the command refuses any other
         partial.rename(out)

@@ -33,6 +33,10 @@ class CheckpointError(Refusal):
     exit_code = 4
 
 
+class NoTokenizerError(CheckpointError):
+    """A checkpoint that no tokenizer lies beside."""
+
+
 class NonFiniteError(Refusal):
     """A loss or gradient that is no longer a number."""
 

@@ -57,7 +57,7 @@ def command(options: ExportOptions, console: "Console") -> dict[str, Any]:
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out}: is not empty; name another directory")
     if options.format == "adapter":
-        result = export_adapter(target, out, options.base)
+        result = export_adapter(target, out, options.load, options.base)
     elif options.format == "nf4":
         result = export_nf4(target, out, options.load, options.merge)
     else:

@@ -29,7 +29,7 @@ from models.merging import FLOATS, MergedLayer, merge_checkpoint, own_original, 
 from models.model import Model
 from models.precision import parts_in_memory, statement
 from models.target import LoadOptions, Target, resolve
-from models.tokenizer import load_tokenizer
+from models.tokenizer import find_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,9 +76,11 @@ def command(options: MergeOptions, console: "Console") -> dict[str, Any]:
     refuse_used(Path(options.out))
     text = None if options.text is None else read_probe(options.text)
     target = resolve(options.target, options.load)
-    tokenizer = load_tokenizer(target.base)
+    tokenizer = find_tokenizer(target.base) if text is None else load_tokenizer(target.base)
     model = load_merging(target, options.load)
-    probe = random_probe(model, options.seed) if text is None else text_probe(model, tokenizer, text)
+    probe = random_probe(model, options.seed)
+    if text is not None and tokenizer is not None:
+        probe = text_probe(model, tokenizer, text)
     dtype, noise_of = getattr(torch, options.dtype), noise_source(model, options.base)
     console.print(f"{target.adapter} on {target.base}\n{statement(parts_in_memory(model))}")
     layers = merge_checkpoint(model, options.out, options.base, dtype, byte_count(options.shard_size), tokenizer)
@@ -122,7 +124,7 @@ def load_merging(target: Target, options: LoadOptions) -> Model:
         raise CheckpointError(f"{target.base}: no adapter to merge; name a run, or give --load.adapter DIRECTORY")
     device = pick_device(options.device)
     dtype = pick_dtype(target.dtype or "auto" if options.dtype == "auto" else options.dtype, device)
-    model = load(target.base, target.quant, dtype, device)
+    model = load(target.base, target.quant, dtype, device, options.head, options.num_labels)
     load_adapter(model, target.adapter)
     return model.eval()
 

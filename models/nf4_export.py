@@ -24,7 +24,7 @@ from models.lora import merge_adapter, merged
 from models.model import Model
 from models.quantize import LayerReport, quantize_checkpoint, readable, report
 from models.target import LoadOptions, Target
-from models.tokenizer import load_tokenizer, save_tokenizer
+from models.tokenizer import find_tokenizer, save_tokenizer
 from models.writer import save, unknown_to_others
 from nf4 import QuantConfig, QuantizedTensor
 
@@ -43,7 +43,7 @@ def export_nf4(target: Target, out: Path, options: LoadOptions, merge: bool = Fa
     shutil.rmtree(partial, ignore_errors=True)
     try:
         if merge:
-            layers, notes = export_merged(target, partial, quant, dtype, device)
+            layers, notes = export_merged(target, partial, options, quant, dtype, device)
         else:
             layers, notes = quantize_checkpoint(target.base, partial, quant, dtype, device, for_others=True), []
         count = read_back(partial, dtype)
@@ -72,13 +72,18 @@ def stored_dtype(asked: str, of_run: str | None, raw: dict[str, Any]) -> str:
 
 
 def export_merged(
-    target: Target, out: Path, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
+    target: Target,
+    out: Path,
+    options: LoadOptions,
+    quant: QuantConfig | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[list[LayerReport], list[str]]:
     """The checkpoint of base and adapter together, each layer merged in float32 and quantized again."""
     if target.adapter is None:
         raise ConfigError("export: --merge needs an adapter; name a run, or give --load.adapter DIRECTORY")
-    tokenizer = load_tokenizer(target.base)
-    model = load(target.base, target.quant, dtype, device)
+    tokenizer = find_tokenizer(target.base)
+    model = load(target.base, target.quant, dtype, device, options.head, options.num_labels)
     load_adapter(model, target.adapter)
     layers, ratios = [], []
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptableLinear)]:
@@ -86,7 +91,8 @@ def export_merged(
         ratios += [] if ratio is None else [ratio]
     merge_adapter(model)  # what is left: modules that were trained whole
     save(model, out)
-    save_tokenizer(tokenizer, out)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, out)
     return layers, [
         f"merged and quantized again: rounding moves the weights {sum(ratios) / max(len(ratios), 1):.2f} times as far "
         "as the adapter did; base and adapter apart keep all that was learned"

@@ -19,7 +19,7 @@ from models.device import pick_device, pick_dtype
 from models.errors import CheckpointError, ConfigError
 from models.model import Model
 from models.precision import statement_on_disk
-from models.tokenizer import load_tokenizer, save_tokenizer
+from models.tokenizer import find_tokenizer, save_tokenizer
 from models.writer import CheckpointWriter, leaf, quantization_config, unknown_to_others
 from nf4 import QuantConfig, QuantizedTensor
 
@@ -98,7 +98,7 @@ def quantize_checkpoint(
     """
     raw, reader, where = open_checkpoint(src)
     model = skeleton(raw, where, reader)
-    tokenizer = load_tokenizer(src)
+    tokenizer = find_tokenizer(src)
     layers, quantized = [], {}
     with CheckpointWriter(out) as writer:
         for name, value, weight in stream(model, reader, quant, dtype, device):
@@ -114,7 +114,8 @@ def quantize_checkpoint(
             raise CheckpointError(f"{where}: none of its layers could be quantized")
         config = next(iter(quantized.values()))
         writer.finish(model.config.to_dict(), str(dtype), quantization_config(model, quantized, config, dtype))
-    save_tokenizer(tokenizer, out)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, out)
     return layers
 
 

@@ -24,6 +24,10 @@ class LoadOptions:
     """Store block linears in 4 bits; by default as the run was trained, and not for a checkpoint."""
     quant: QuantConfig = QuantConfig()
     """The 4-bit format, where it is quantized here."""
+    head: str | None = None
+    """lm, mlm, classification or regression; by default what the checkpoint holds."""
+    num_labels: int | None = None
+    """Classes of a classification head that is not in the checkpoint but in the adapter."""
     dtype: str = "auto"
     """Compute in auto, bfloat16, float16 or float32; auto is bfloat16 where the device multiplies it."""
     device: str = "auto"
@@ -46,7 +50,8 @@ def load_target(target: str | Path, options: LoadOptions = LoadOptions()) -> tup
     """The model and tokenizer that a path names, with the run's base, format and adapter if it is a run."""
     parts = resolve(target, options)
     device = pick_device(options.device)
-    model = load(parts.base, parts.quant, pick_dtype(options.dtype, device), device)
+    dtype = pick_dtype(options.dtype, device)
+    model = load(parts.base, parts.quant, dtype, device, options.head, options.num_labels)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
     return model.eval(), load_tokenizer(parts.base)

@@ -5,11 +5,12 @@ words (`models/words.py`); a `Tokenizer` is one of them with its special tokens.
 user who types "</s>" gets the characters, and only code (`encode(eos=True)`, `render_chat`) inserts the id.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from models.bpe import ByteLevelBPE
-from models.errors import CheckpointError
+from models.errors import CheckpointError, NoTokenizerError
 from models.spm import SentencePieces
 from models.tokenizer_files import TokenizerParts, read_tokenizer_files, tokenizer_parts, vocabulary_in
 from models.words import Words
@@ -25,6 +26,15 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     """
     files, where = read_tokenizer_files(Path(path))
     return Tokenizer(tokenizer_parts(files, where))
+
+
+def find_tokenizer(path: str | Path) -> "Tokenizer | None":
+    """The tokenizer of a checkpoint that is to be copied; None, with a line in the log, where it has none."""
+    try:
+        return load_tokenizer(path)
+    except NoTokenizerError as error:
+        logging.getLogger(__name__).warning("%s. No tokenizer is written either", error)
+        return None
 
 
 def save_tokenizer(tokenizer: "Tokenizer", directory: str | Path) -> None:

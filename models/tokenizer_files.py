@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from models.bpe import ByteLevelBPE, guess_pattern, merge_ranks, token_ids, unmerged
-from models.errors import CheckpointError
+from models.errors import CheckpointError, NoTokenizerError
 from models.spm import SentencePieces
 from models.tokenizer_gguf import gguf_tokenizer_files
 from models.tokenizer_json import check_ids, read_tokenizer_json, split_merges
@@ -77,7 +77,7 @@ def read_tokenizer_files(path: Path) -> tuple[dict[str, bytes], Path]:
         chosen = vocabulary_in(names, groups or VOCABULARIES)
         if not chosen:
             wanted = ", ".join(" + ".join(group) for group in groups or VOCABULARIES)
-            raise CheckpointError(f"{directory} holds no tokenizer; looked for {wanted} (or name a .gguf file)")
+            raise NoTokenizerError(f"{directory} holds no tokenizer; looked for {wanted} (or name a .gguf file)")
         vocabulary = {name: directory / name for name in (*chosen, FAIRSEQ_DICTIONARY) if name in names}
         where = directory
 
