@@ -30,6 +30,7 @@ class Comparison:
     """Share of positions where both have the same most likely answer."""
 
 
+@torch.no_grad()
 def compare(first: Float[Tensor, "*rows V"], second: Float[Tensor, "..."]) -> Comparison:
     """Compare logits position by position, in float64.
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from models.checkpoint import load, open_checkpoint
+from models.compare import answers, compare, random_probe
 from models.config import LlamaConfig, llama_config
 from models.errors import CheckpointError
 from models.gguf_vocabulary import stop_ids
@@ -35,7 +36,7 @@ PROBES = (
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Checked:
     """How far the file is from the model."""
 
     weight_error: float
@@ -48,7 +49,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def check(path: Path, model: Llama, tokenizer: Tokenizer, kinds: Mapping[str, str]) -> Comparison:
+def check(path: Path, model: Llama, tokenizer: Tokenizer, kinds: Mapping[str, str]) -> Checked:
     """Raise a CheckpointError that says what differs; `kinds` has the type of every tensor by its released name."""
     raw, reader, where = open_checkpoint(path)
     problems = config_problems(llama_config(raw, where), model.config, tokenizer)
@@ -65,16 +66,17 @@ def check(path: Path, model: Llama, tokenizer: Tokenizer, kinds: Mapping[str, st
     if problems:
         raise CheckpointError("export: read back, the file differs and was not kept: " + "; ".join(problems[:6]))
 
-    ids = probe_ids(model)
-    found, expected = load(path, dtype=torch.float32, device=model.device)(ids), model(ids)
-    kl = divergence(expected, found)
+    probe = random_probe(model)
+    expected = answers(model, probe)
+    result = compare(expected, answers(load(path, dtype=torch.float32, device=model.device), probe))
+    kl = result.mean_kl
     limit = max(KL_LIMITS[kind] for kind in kinds.values())
     if not kl <= limit:
         raise CheckpointError(
             f"export: read back, the model's answers differ by a KL divergence of {kl:.2g} per token, where "
             f"{limit:.0e} is the limit; the file was not kept. A type with more bits rounds less: --gguf-type f32"
         )
-    return Comparison(largest, (found - expected).abs().max().item(), kl, limit)
+    return Checked(largest, result.max_logit_difference, kl, limit)
 
 
 def config_problems(found: LlamaConfig, expected: LlamaConfig, tokenizer: Tokenizer) -> list[str]:
@@ -112,19 +114,6 @@ def rounding(weight: Float[Tensor, "..."], kind: str) -> Float[Tensor, "..."]:
         return bound.expand(*bound.shape[:-1], 32).reshape(size.shape)
     # half a unit in the last place, and below the normal numbers half of the smallest one
     return size * 2**-11 + 2.0**-25 if kind == "f16" else size * 2**-8 + 2.0**-134
-
-
-def probe_ids(model: Llama) -> Int[Tensor, "2 T"]:
-    """Two rows of tokens from all over the vocabulary."""
-    T = min(48, model.config.max_position_embeddings)
-    ids = torch.arange(2 * T, device=model.device) * 7919 % model.config.vocab_size
-    return ids.view(2, T)
-
-
-def divergence(expected: Float[Tensor, "B T V"], found: Float[Tensor, "B T V"]) -> float:
-    """KL of `found` from `expected`, mean over tokens."""
-    p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 def tokenizer_problems(found: Tokenizer, expected: Tokenizer) -> list[str]:

@@ -35,6 +35,12 @@ def read_loralib(file: Path, model: nn.Module, alpha: float | None) -> tuple[Rea
     theirs = TorchReader(file)
     if not any(name.endswith((".lora_A", ".lora_B")) for name in theirs.shapes):
         raise CheckpointError(f"{file}: holds no lora_A and lora_B; it is no adapter of microsoft/LoRA's examples")
+    placeless = [name for name in theirs.shapes if parameter(name, model) is None]
+    if placeless:
+        raise CheckpointError(
+            f"{file}: the adapter is for another model: it has {placeless[0]}, for which this one has no place; for a "
+            "trained classifier, load the base with head='classification' and its num_labels"
+        )
     reader = RenamedReader(theirs, lambda name: parameter(name, model))
     layers = sorted(name.removesuffix(".lora_A.weight") for name in reader.shapes if name.endswith(".lora_A.weight"))
     ranks = {layer: rank(reader, layer) for layer in layers}

@@ -13,7 +13,8 @@ import models
 import nf4
 import qlora
 from models.checkpoint import place
-from models.gguf_check import check, divergence, rounding
+from models.compare import compare
+from models.gguf_check import check, rounding
 from models.gguf_layout import gguf_name, released_name
 from models.gguf_vocabulary import merges_of
 from models.gguf_writer import encoded, shapes, stored_as, weight_of, write_gguf
@@ -346,7 +347,7 @@ def test_a_gguf_is_base_and_adapter_merged(run, base, tmp_path, capsys, kind):
         assert bool((error <= rounding(wanted, stored_as(name, shape, kind))).all()), name
     ids = torch.arange(40).view(2, 20) * 7 % model.config.vocab_size
     limit = {"f32": 1e-10, "f16": 1e-6, "bf16": 1e-4, "q8_0": 1e-3}[kind]
-    assert divergence(model(ids), found(ids)) < limit
+    assert compare(model(ids), found(ids)).mean_kl < limit
     assert result["kl"] < limit
     tokenizers = models.load_tokenizer(base), models.load_tokenizer(tmp_path / "m.gguf")
     assert tokenizers[0].encode("It is red, 12.") == tokenizers[1].encode("It is red, 12.")

@@ -490,3 +490,41 @@ def test_a_negative_bound_and_an_unreadable_text_are_refused(model, adapter, tmp
     (tmp_path / "empty").write_text("")
     refused(capsys, "is empty", model, tmp_path / "m", *text, tmp_path / "empty", code=3)
     assert not (tmp_path / "m").exists()
+
+
+# From the command line, on what files may lack
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "t5-v1_0", "roberta-mlm", "roberta-fairseq"])
+def test_a_checkpoint_without_a_tokenizer_is_quantized_and_exported_without_one(name, tmp_path, capsys, caplog):
+    assert qlora.main(["quantize", str(GOLDEN / name), str(tmp_path / "nf4"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"]
+    assert qlora.main(["export", str(GOLDEN / name), str(tmp_path / "others"), "--format", "nf4", "--json"]) == 0
+    assert "No tokenizer is written either" in caplog.text
+    assert type(models.load(tmp_path / "nf4")) is type(models.load(tmp_path / "others"))
+
+
+def test_an_adapter_that_brings_its_head_is_merged_into_a_base_without_one(tmp_path, capsys):
+    """As microsoft/LoRA's files for RoBERTa do."""
+    torch.manual_seed(0)
+    model = models.load(GOLDEN / "roberta-mlm", dtype=torch.float32, head="classification", num_labels=3)
+    models.attach_lora(model, models.LoraConfig(rank=2, modules_to_save=("classifier",)))
+    for _, layer in adapted_layers(model):
+        assert layer.lora_B is not None
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors[name.replace("lora_A.weight", "lora_A").replace("lora_B.weight", "lora_B")] = parameter.detach()
+    torch.save(tensors, tmp_path / "adapter.bin")
+
+    arguments = [str(GOLDEN / "roberta-mlm"), str(tmp_path / "merged"), "--load.adapter", str(tmp_path / "adapter.bin")]
+    assert qlora.main(["merge", *arguments, "--json"]) == 4  # without the head there is no place for it
+    assert "classifier" in capsys.readouterr().err
+    head = ["--load.head", "classification", "--load.num-labels", "3"]
+    assert qlora.main(["merge", *arguments, *head, "--json"]) == 0
+    merged = models.load(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.arange(5, 15).view(1, 10)
+    fresh = models.load(GOLDEN / "roberta-mlm", dtype=torch.float32, head="classification", num_labels=3)
+    models.load_adapter(fresh, tmp_path / "adapter.bin")
+    torch.testing.assert_close(merged(ids), fresh(ids), atol=2e-2, rtol=0)
