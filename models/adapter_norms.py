@@ -12,17 +12,16 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from models.config_fields import finite
 from models.errors import CheckpointError
+from models.lora_config import fits
+from models.peft_names import released_name
 from models.readers import Reader, SafetensorsReader, TorchReader, read_json
-
-# A layer's name and which of the two it is: PEFT's with its prefix, and the adapter's name in it, or plain.
-PART = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?(?:\.weight)?")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Settings:
 
     def scaling(self, name: str, rank: int) -> float:
         """s of the layer that is called `name`; of several patterns that fit, PEFT takes the first."""
-        fitting = (a for key, a in self.alpha_pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name))
+        fitting = (a for key, a in self.alpha_pattern.items() if fits(key, name))
         return next(fitting, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -117,12 +116,6 @@ def read_settings(path: Path) -> Settings:
     )
 
 
-def finite(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"{where} is {value!r:.80}; a finite number is needed")
-    return float(value)
-
-
 def summary(form: str, file: Path, reader: Reader, settings: Settings | None) -> SavedAdapter:
     """What the file holds, one layer read at a time."""
     pairs: dict[str, dict[str, str]] = {}
@@ -130,11 +123,12 @@ def summary(form: str, file: Path, reader: Reader, settings: Settings | None) ->
     for name, shape in reader.shapes.items():
         kind, size = reader.stored(name)
         nbytes[kind] += size
-        match = PART.fullmatch(name)
-        if match is None:
-            whole[name.removeprefix("base_model.model.")] = shape
+        ours = released_name(name)
+        layer, _, part = ours.removesuffix(".weight").rpartition(".")
+        if part in ("lora_A", "lora_B"):
+            pairs.setdefault(layer, {})[part] = name
         else:
-            pairs.setdefault(match[1], {})[match[2]] = name
+            whole[ours] = shape
     if not pairs:
         raise CheckpointError(f"{file}: holds no adapter; none of its {len(whole)} tensors is a lora_A or lora_B")
     return SavedAdapter(
@@ -151,8 +145,8 @@ def summary(form: str, file: Path, reader: Reader, settings: Settings | None) ->
 def layer_norms(name: str, pair: dict[str, str], reader: Reader, settings: Settings | None) -> AdapterLayer:
     where = reader.where(next(iter(pair.values())))
     if len(pair) < 2:
-        raise CheckpointError(f"{where}: {name} has only lora_{next(iter(pair))} of its two; the file is not whole")
-    a, b = reader.read(pair["A"]), reader.read(pair["B"])
+        raise CheckpointError(f"{where}: {name} has only {next(iter(pair))} of its two; the file is not whole")
+    a, b = reader.read(pair["lora_A"]), reader.read(pair["lora_B"])
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
         raise CheckpointError(
             f"{where}: A and B of {name} are {list(a.shape)} and {list(b.shape)}, which do not multiply"
@@ -172,29 +166,3 @@ def product_norm(b: Float[Tensor, "N R"], a: Float[Tensor, "R K"]) -> float:
 
 def norm(matrix: Tensor) -> float:
     return float(torch.linalg.vector_norm(matrix.double()))
-
-
-def by_block(layers: list[AdapterLayer]) -> dict[str, dict[str, AdapterLayer]]:
-    """The layers of each block by their type: as much of the end of a name as tells them apart."""
-    longest = max(layer.name.count(".") + 1 for layer in layers)
-    places: dict[tuple[str, str], AdapterLayer] = {}
-    for depth in range(1, longest + 1):
-        places = {place(layer.name, depth): layer for layer in layers}
-        if len(places) == len(layers):
-            break
-    table: dict[str, dict[str, AdapterLayer]] = {}
-    for (block, kind), layer in sorted(places.items(), key=lambda item: counted(item[0][0])):
-        table.setdefault(block, {})[kind] = layer
-    return table
-
-
-def place(name: str, depth: int) -> tuple[str, str]:
-    """A layer's block, up to the first number in its name, and the last `depth` parts of the rest."""
-    parts = name.split(".")
-    first = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), -1)
-    return ".".join(parts[: first + 1]), ".".join(parts[first + 1 :][-depth:])
-
-
-def counted(block: str) -> list[tuple[int, str]]:
-    """A key that puts block 10 behind block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in block.split(".")]

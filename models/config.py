@@ -8,7 +8,7 @@ asks for arithmetic that is not (another activation, another rotary scaling) is 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from models.config_fields import flag, real, size, table, token_id, token_ids
+from models.config_fields import check_sizes, flag, real, size, table, token_id, token_ids, values_of, written_ids
 from models.errors import CheckpointError
 
 
@@ -47,9 +47,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"config: {name} is {getattr(self, name)}; it must be at least 1")
+        check_sizes(self, SIZES)
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"config: {self.num_attention_heads} attention heads cannot share "
@@ -60,17 +58,14 @@ class LlamaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that any reader of released LLaMA checkpoints understands."""
-        scaling = {k: v for k, v in asdict(self).items() if v is not None}
-        eos = self.eos_token_id
-        scaling.pop("eos_token_id")
-        if eos:
-            scaling["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
+        values = {name: value for name, value in asdict(self).items() if value is not None}
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_act": "silu",
             "rope_scaling": None,
-            **scaling,
+            **values,
+            "eos_token_id": written_ids(self.eos_token_id),
         }
 
 
@@ -88,11 +83,8 @@ SIZES = (
 
 def llama_config(raw: dict[str, Any], where: str) -> LlamaConfig:
     """Read the fields of a config.json; `where` names the file in errors."""
-    values = {f.name: raw[f.name] for f in fields(LlamaConfig) if raw.get(f.name) is not None}
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    absent = [name for name in needed if name not in values]
-    if absent:
-        raise CheckpointError(f"{where}: lacks {', '.join(absent)}")
+    values = values_of(LlamaConfig, raw, needed, where)
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"{where}: hidden_act is {raw['hidden_act']!r}; LLaMA's SwiGLU needs 'silu'")
 

@@ -4,13 +4,31 @@ Files come from strangers, and a size is believed before any tensor is: a text w
 width of 10**12 is refused here, by name, and not found out by whatever breaks first.
 """
 
-import math
+from collections.abc import Collection
+from dataclasses import fields
 from typing import Any
 
 from models.errors import CheckpointError
 
 LARGEST_SIZE = 2**30
 LARGEST_ID = 2**31
+LARGEST_REAL = 2.0**1000
+
+
+def values_of(config: type, raw: dict[str, Any], needed: Collection[str], where: str) -> dict[str, Any]:
+    """What a file says of the fields of a config, none of it looked at yet; `needed` are those without a default."""
+    values = {f.name: raw[f.name] for f in fields(config) if raw.get(f.name) is not None}
+    absent = [name for name in needed if name not in values]
+    if absent:
+        raise CheckpointError(f"{where}: lacks {', '.join(absent)}")
+    return values
+
+
+def check_sizes(config: Any, names: Collection[str]) -> None:
+    """Refuse a config, however it was made, that has none of something."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise CheckpointError(f"config: {name} is {getattr(config, name)}; it must be at least 1")
 
 
 def number(value: Any, where: str) -> int:
@@ -27,14 +45,19 @@ def size(value: Any, where: str) -> int:
     return value
 
 
+def finite(value: Any, where: str) -> float:
+    """A number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST_REAL:
+        raise CheckpointError(f"{where} is {short(value)}; a finite number is needed")
+    return float(value)
+
+
 def real(value: Any, where: str) -> float:
     """A positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    found = finite(value, where)
+    if found <= 0:
         raise CheckpointError(f"{where} is {short(value)}; a positive finite number is needed")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise CheckpointError(f"{where} is {short(value)}; a positive finite number is needed") from error
+    return found
 
 
 def flag(value: Any, where: str) -> bool:
@@ -54,6 +77,11 @@ def token_ids(value: Any, where: str) -> tuple[int, ...]:
     """One id, several, or none."""
     several = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(token_id(id, where) for id in several)
+
+
+def written_ids(ids: tuple[int, ...]) -> int | list[int] | None:
+    """What `token_ids` reads as these; None says that there are none, where absence would mean a default."""
+    return ids[0] if len(ids) == 1 else list(ids) or None
 
 
 def table(value: Any, where: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from models.checkpoint import load, open_checkpoint
 from models.compare import answers, compare, random_probe
-from models.config import LlamaConfig, llama_config
+from models.config import LlamaConfig, RopeScaling, llama_config
 from models.errors import CheckpointError
 from models.gguf_vocabulary import stop_ids
 from models.gguf_writer import weight_of
@@ -93,9 +94,9 @@ def config_problems(found: LlamaConfig, expected: LlamaConfig, tokenizer: Tokeni
     return problems
 
 
-def same_scaling(found: object, expected: object) -> bool:
+def same_scaling(found: Any, expected: Any) -> bool:
     """Are these two rotary scalings that turn alike? A factor comes back as a float32."""
-    if not hasattr(found, "rope_type") or not hasattr(expected, "rope_type"):
+    if not isinstance(found, RopeScaling) or not isinstance(expected, RopeScaling):
         return False
     left, right = vars(found), vars(expected)
     used = ["factor"] if left["rope_type"] == "linear" else [key for key in left if key != "rope_type"]

@@ -5,6 +5,7 @@ As in Meta's layout, query and key rows are in the order of interleaved rotary p
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,19 @@ from models.meta_layout import half_rotation_order
 from models.readers import Stored
 from models.rope import inverse_frequencies
 
-NAMES = (
-    (r"token_embd\.(.*)", r"model.embed_tokens.\1"),
-    (r"output_norm\.(.*)", r"model.norm.\1"),
-    (r"output\.(.*)", r"lm_head.\1"),
-    (r"blk\.(\d+)\.attn_norm\.(.*)", r"model.layers.\1.input_layernorm.\2"),
-    (r"blk\.(\d+)\.attn_q\.(.*)", r"model.layers.\1.self_attn.q_proj.\2"),
-    (r"blk\.(\d+)\.attn_k\.(.*)", r"model.layers.\1.self_attn.k_proj.\2"),
-    (r"blk\.(\d+)\.attn_v\.(.*)", r"model.layers.\1.self_attn.v_proj.\2"),
-    (r"blk\.(\d+)\.attn_output\.(.*)", r"model.layers.\1.self_attn.o_proj.\2"),
-    (r"blk\.(\d+)\.ffn_norm\.(.*)", r"model.layers.\1.post_attention_layernorm.\2"),
-    (r"blk\.(\d+)\.ffn_gate\.(.*)", r"model.layers.\1.mlp.gate_proj.\2"),
-    (r"blk\.(\d+)\.ffn_up\.(.*)", r"model.layers.\1.mlp.up_proj.\2"),
-    (r"blk\.(\d+)\.ffn_down\.(.*)", r"model.layers.\1.mlp.down_proj.\2"),
+NAMES = (  # a GGUF's, and the released one; # stands for a block's number
+    ("token_embd", "model.embed_tokens"),
+    ("output_norm", "model.norm"),
+    ("output", "lm_head"),
+    ("blk.#.attn_norm", "model.layers.#.input_layernorm"),
+    ("blk.#.attn_q", "model.layers.#.self_attn.q_proj"),
+    ("blk.#.attn_k", "model.layers.#.self_attn.k_proj"),
+    ("blk.#.attn_v", "model.layers.#.self_attn.v_proj"),
+    ("blk.#.attn_output", "model.layers.#.self_attn.o_proj"),
+    ("blk.#.ffn_norm", "model.layers.#.post_attention_layernorm"),
+    ("blk.#.ffn_gate", "model.layers.#.mlp.gate_proj"),
+    ("blk.#.ffn_up", "model.layers.#.mlp.up_proj"),
+    ("blk.#.ffn_down", "model.layers.#.mlp.down_proj"),
 )
 STOP_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # ends of a text, of a turn, of a message
 ROPE_FACTORS = "rope_freqs.weight"  # llama3 scaling, as the divisor of each frequency
@@ -136,21 +137,21 @@ def gguf_rope_scaling(header: GgufHeader, config: dict[str, Any]) -> dict[str, A
 
 
 def released_name(name: str) -> str:
-    for pattern, released in NAMES:
-        match = re.fullmatch(pattern, name)
-        if match is not None:
-            return match.expand(released)
-    return name  # unknown: reported under its own name
+    """What a tensor of a GGUF is called here; an unknown one keeps its name, to be reported by it."""
+    return renamed(name, NAMES) or name
 
 
 def gguf_name(name: str) -> str:
     """What a GGUF calls a parameter: the inverse of `released_name`."""
-    for theirs, released in NAMES:
-        groups = re.findall(r"\(.*?\)", theirs)
-        pattern, template = re.escape(released), theirs.replace("\\.", ".")
-        for i, group in enumerate(groups, 1):
-            pattern, template = pattern.replace(f"\\\\{i}", group), template.replace(group, f"\\{i}", 1)
-        match = re.fullmatch(pattern, name)
-        if match is not None:
-            return match.expand(template)
-    raise ValueError(f"{name} has no name in a GGUF of the llama architecture")
+    found = renamed(name, [(ours, theirs) for theirs, ours in NAMES])
+    if found is None:
+        raise ValueError(f"{name} has no name in a GGUF of the llama architecture")
+    return found
+
+
+def renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str | None:
+    """The second name of the pair whose first one this is, with its block and what stands behind, as `.weight`."""
+    block = re.search(r"\.(\d+)\.", name)
+    layer, _, part = name.replace(block[0], ".#.", 1).rpartition(".") if block else name.rpartition(".")
+    found = dict(pairs).get(layer)
+    return found and f"{found}.{part}".replace("#", block[1] if block else "")

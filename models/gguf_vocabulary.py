@@ -14,7 +14,7 @@ from models.config import LlamaConfig
 from models.errors import CheckpointError
 from models.spm import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, SentencePieces
 from models.tokenizer import Tokenizer
-from models.tokenizer_json import read_tokenizer_json, split_merges
+from models.tokenizer_json import merges_file, read_tokenizer_json
 
 PRE_TOKENIZERS = {"gpt2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe"}
 CHARACTER_OF = {byte: character for character, byte in byte_of.items()}
@@ -86,9 +86,7 @@ def bpe_tables(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, st
         return read_tokenizer_json(json.loads(files["tokenizer.json"]))[:2]
     for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if vocabulary in files:
-            lines = files[merges].decode().splitlines()
-            pairs = split_merges([line for line in lines if line and not line.startswith("#version")])
-            return json.loads(files[vocabulary]), pairs
+            return json.loads(files[vocabulary]), merges_file(files[merges])
     assert isinstance(tokenizer.pieces, ByteLevelBPE)
     return {spelled(token): id for token, id in tokenizer.pieces.ids.items()}, merges_of(tokenizer.pieces.ranks)
 

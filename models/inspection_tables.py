@@ -4,7 +4,7 @@ from itertools import takewhile
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from models.adapter_norms import AdapterLayer, by_block
+from models.adapter_norms import AdapterLayer
 from models.checkpoint import shortened
 
 if TYPE_CHECKING:
@@ -111,6 +111,32 @@ def block_table(blocks: dict[str, dict[str, AdapterLayer]]) -> "Table":
     for block, row in blocks.items():
         table.add_row(block.removeprefix(prefix), *(f"{row[kind].delta:.3g}" if kind in row else "" for kind in kinds))
     return table
+
+
+def by_block(layers: list[AdapterLayer]) -> dict[str, dict[str, AdapterLayer]]:
+    """The layers of each block by their type: as much of the end of a name as tells them apart."""
+    longest = max(layer.name.count(".") + 1 for layer in layers)
+    places: dict[tuple[str, str], AdapterLayer] = {}
+    for depth in range(1, longest + 1):
+        places = {place(layer.name, depth): layer for layer in layers}
+        if len(places) == len(layers):
+            break
+    table: dict[str, dict[str, AdapterLayer]] = {}
+    for (block, kind), layer in sorted(places.items(), key=lambda item: counted(item[0][0])):
+        table.setdefault(block, {})[kind] = layer
+    return table
+
+
+def place(name: str, depth: int) -> tuple[str, str]:
+    """A layer's block, up to the first number in its name, and the last `depth` parts of the rest."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), -1)
+    return ".".join(parts[: first + 1]), ".".join(parts[first + 1 :][-depth:])
+
+
+def counted(block: str) -> list[tuple[int, str]]:
+    """A key that puts block 10 behind block 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in block.split(".")]
 
 
 def columns(first: str, *rest: str) -> "Table":

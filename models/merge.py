@@ -76,11 +76,12 @@ def command(options: MergeOptions, console: "Console") -> dict[str, Any]:
     refuse_used(Path(options.out))
     text = None if options.text is None else read_probe(options.text)
     target = resolve(options.target, options.load)
-    tokenizer = find_tokenizer(target.base) if text is None else load_tokenizer(target.base)
+    tokenizer = find_tokenizer(target.base)
     model = load_merging(target, options.load)
-    probe = random_probe(model, options.seed)
-    if text is not None and tokenizer is not None:
-        probe = text_probe(model, tokenizer, text)
+    if text is None:
+        probe = random_probe(model, options.seed)
+    else:
+        probe = text_probe(model, load_tokenizer(target.base), text)
     dtype, noise_of = getattr(torch, options.dtype), noise_source(model, options.base)
     console.print(f"{target.adapter} on {target.base}\n{statement(parts_in_memory(model))}")
     layers = merge_checkpoint(model, options.out, options.base, dtype, byte_count(options.shard_size), tokenizer)

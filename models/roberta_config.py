@@ -5,10 +5,20 @@ relative positions, a decoder) is refused, never ignored. `problem_type` is what
 None says that the model fills masks instead: in files the field is often absent, and the head decides.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from models.config_fields import number, real, short, size
+from models.config_fields import (
+    check_sizes,
+    finite,
+    number,
+    real,
+    short,
+    size,
+    token_ids,
+    values_of,
+    written_ids,
+)
 from models.errors import CheckpointError
 
 MOST_LABELS = 2**20
@@ -41,9 +51,7 @@ class RobertaConfig:
     """What the classes are called, in the order of the logits."""
 
     def __post_init__(self) -> None:
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"config: {name} is {getattr(self, name)}; it must be at least 1")
+        check_sizes(self, SIZES)
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 f"config: hidden_size {self.hidden_size} does not split into {self.num_attention_heads} heads"
@@ -63,7 +71,6 @@ class RobertaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that any reader of released RoBERTa checkpoints understands."""
         values = {key: value for key, value in asdict(self).items() if value is not None and key != "labels"}
-        values["eos_token_id"] = self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id)
         task = "MaskedLM" if self.problem_type is None else "SequenceClassification"
         if self.labels:
             values["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
@@ -75,6 +82,7 @@ class RobertaConfig:
             "position_embedding_type": "absolute",
             "tie_word_embeddings": True,
             **values,
+            "eos_token_id": written_ids(self.eos_token_id),
         }
 
 
@@ -105,24 +113,17 @@ def roberta_config(raw: dict[str, Any], where: str) -> RobertaConfig:
     for key, only in FIXED.items():
         if raw.get(key, only) != only:
             raise CheckpointError(f"{where}: {key} is {raw[key]!r}; RoBERTa is computed with {only!r} only")
-    values = {f.name: raw[f.name] for f in fields(RobertaConfig) if raw.get(f.name) is not None}
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    absent = [name for name in needed if name not in values]
-    if absent:
-        raise CheckpointError(f"{where}: lacks {', '.join(absent)}")
+    values = values_of(RobertaConfig, raw, needed, where)
     for name in (*SIZES, "pad_token_id", "bos_token_id"):
         if name in values:
             read = size if name in SIZES else number
             values[name] = read(values[name], f"{where}: {name}")
     for name in REALS:
-        if isinstance(values.get(name, 0.0), bool) or not isinstance(values.get(name, 0.0), int | float):
-            raise CheckpointError(f"{where}: {name} is {values[name]!r}; a number is needed")
-    if "layer_norm_eps" in values:
-        values["layer_norm_eps"] = real(values["layer_norm_eps"], f"{where}: layer_norm_eps")
-    eos = values.get("eos_token_id", RobertaConfig.eos_token_id)
-    values["eos_token_id"] = tuple(
-        number(id, f"{where}: eos_token_id") for id in (eos if isinstance(eos, list | tuple) else [eos])
-    )
+        if name in values:
+            read = real if name == "layer_norm_eps" else finite
+            values[name] = read(values[name], f"{where}: {name}")
+    values["eos_token_id"] = token_ids(raw.get("eos_token_id", 2), f"{where}: eos_token_id")
     if not isinstance(values.get("problem_type", ""), str):
         raise CheckpointError(f"{where}: problem_type is {values['problem_type']!r}; a name is needed")
     values["labels"] = label_names(raw, where)

@@ -7,10 +7,10 @@ means v1.0. A field that asks for other arithmetic is refused, never ignored.
 """
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from models.config_fields import number, short, size
+from models.config_fields import check_sizes, finite, flag, number, size, token_ids, values_of, written_ids
 from models.errors import CheckpointError
 
 ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu_new"}  # feed_forward_proj, and what newer files add in dense_act_fn
@@ -43,9 +43,7 @@ class T5Config:
     """What stands before the first token that the decoder writes."""
 
     def __post_init__(self) -> None:
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"config: {name} is {getattr(self, name)}; it must be at least 1")
+        check_sizes(self, SIZES)
         if self.feed_forward_proj not in ACTIVATIONS:
             raise CheckpointError(
                 f"config: feed_forward_proj is {self.feed_forward_proj!r}; {' and '.join(ACTIVATIONS)} are known"
@@ -71,17 +69,14 @@ class T5Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that any reader of released T5 checkpoints understands."""
-        values = asdict(self)
-        eos = values.pop("eos_token_id")
-        if eos:
-            values["eos_token_id"] = eos[0] if len(eos) == 1 else list(eos)
         return {
             "architectures": ["T5ForConditionalGeneration"],
             "model_type": "t5",
             "is_encoder_decoder": True,
             "dense_act_fn": ACTIVATIONS[self.feed_forward_proj],
             "is_gated_act": self.gated,
-            **values,
+            **asdict(self),
+            "eos_token_id": written_ids(self.eos_token_id),
         }
 
 
@@ -91,11 +86,7 @@ COUNTS = (*SIZES, "relative_attention_num_buckets", "relative_attention_max_dist
 
 def t5_config(raw: dict[str, Any], where: str, tensors: Collection[str] = ()) -> T5Config:
     """Read the fields of a config.json; `where` names the file in errors, `tensors` are those of the checkpoint."""
-    values = {f.name: raw[f.name] for f in fields(T5Config) if raw.get(f.name) is not None}
-    needed = [name for name in SIZES if name != "num_decoder_layers"]
-    absent = [name for name in needed if name not in values]
-    if absent:
-        raise CheckpointError(f"{where}: lacks {', '.join(absent)}")
+    values = values_of(T5Config, raw, [name for name in SIZES if name != "num_decoder_layers"], where)
     values.setdefault("num_decoder_layers", values["num_layers"])
     values["decoder_start_token_id"] = values.get("decoder_start_token_id", values.get("pad_token_id", 0))
     for name in (*COUNTS, "pad_token_id", "decoder_start_token_id"):
@@ -104,17 +95,13 @@ def t5_config(raw: dict[str, Any], where: str, tensors: Collection[str] = ()) ->
             values[name] = read(values[name], f"{where}: {name}")
     for name in ("dropout_rate", "layer_norm_epsilon"):
         if name in values:
-            values[name] = real(values[name], f"{where}: {name}")
-    eos = raw.get("eos_token_id", 1)
-    values["eos_token_id"] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    for id in values["eos_token_id"]:
-        number(id, f"{where}: eos_token_id")
+            values[name] = finite(values[name], f"{where}: {name}")
+    values["eos_token_id"] = token_ids(raw.get("eos_token_id", 1), f"{where}: eos_token_id")
 
     # The newest files say "tied" of every model and tell v1.1 by its unscaled output; whether it has a head of its
     # own is then seen from the tensors.
-    tied, scaled = (flag(raw, name, where) for name in ("tie_word_embeddings", "scale_decoder_outputs"))
-    tied = True if tied is None else tied
-    scaled = tied if scaled is None else scaled
+    tied = flag(values.get("tie_word_embeddings", True), f"{where}: tie_word_embeddings")
+    scaled = flag(values.get("scale_decoder_outputs", tied), f"{where}: scale_decoder_outputs")
     values["scale_decoder_outputs"] = scaled
     values["tie_word_embeddings"] = tied and (scaled or HEAD not in tensors)
 
@@ -131,16 +118,3 @@ def t5_config(raw: dict[str, Any], where: str, tensors: Collection[str] = ()) ->
         if projection in ACTIVATIONS and raw.get(name) not in (None, ours):
             raise CheckpointError(f"{where}: {name} is {raw[name]!r}; only a T5 with {ours!r} can be loaded here")
     return T5Config(**values)
-
-
-def flag(raw: dict[str, Any], name: str, where: str) -> bool | None:
-    value = raw.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"{where}: {name} is {value!r}; true or false is needed")
-    return value
-
-
-def real(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2.0**1000:
-        raise CheckpointError(f"{where} is {short(value)}; a finite number is needed")
-    return float(value)

@@ -19,7 +19,7 @@ from models.bpe import ByteLevelBPE, guess_pattern, merge_ranks, token_ids, unme
 from models.errors import CheckpointError, NoTokenizerError
 from models.spm import SentencePieces
 from models.tokenizer_gguf import gguf_tokenizer_files
-from models.tokenizer_json import check_ids, read_tokenizer_json, split_merges
+from models.tokenizer_json import check_ids, merges_file, read_tokenizer_json
 from models.words import Words, dictionary_specials
 
 VOCABULARIES = (
@@ -146,8 +146,7 @@ def _vocabulary_and_merges(
     with _refusing(where, group[0]):
         check_ids(vocab, {})
     with _refusing(where, group[1]):
-        lines = files[group[1]].decode().replace("\r\n", "\n").split("\n")
-        merges = split_merges([line for line in lines if line and not line.startswith("#version")])
+        merges = merges_file(files[group[1]])
         ranks = merge_ranks(vocab, merges)
 
     special = {token: vocab[token] for token in unmerged(vocab, merges)}

@@ -47,6 +47,12 @@ def read_tokenizer_json(
     return vocab, split_merges(merges), _pattern(content.get("pre_tokenizer")), special
 
 
+def merges_file(content: bytes) -> list[tuple[str, str]]:
+    """The pairs of a merges.txt or vocab.bpe, whose first line may tell its version."""
+    lines = content.decode().replace("\r\n", "\n").split("\n")
+    return split_merges([line for line in lines if line and not line.startswith("#version")])
+
+
 def split_merges(merges: list[Any]) -> list[tuple[str, str]]:
     """Merges as pairs; files hold them as "left right" or as [left, right]."""
     pairs = []

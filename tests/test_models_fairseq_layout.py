@@ -213,7 +213,7 @@ def test_objects_of_other_programs_are_refused_with_what_to_do(tmp_path):
         ({"no_scale_embedding": False}, "no_scale_embedding False"),
         ({"encoder_attention_heads": None}, "say None for encoder_attention_heads, and the tensors do not tell"),
         ({"encoder_attention_heads": 5}, "hidden_size 64 does not split into 5 heads"),
-        ({"dropout": "much"}, "hidden_dropout_prob is 'much'; a number"),
+        ({"dropout": "much"}, "hidden_dropout_prob is 'much'; a finite number"),
     ],
 )
 def test_arguments_that_mean_another_model_are_refused(told, message, tmp_path):

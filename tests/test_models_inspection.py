@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import models
 import nf4
 import qlora
-from models.adapter_norms import AdapterLayer, Settings, by_block, product_norm
+from models.adapter_norms import AdapterLayer, Settings, product_norm
+from models.inspection_tables import by_block
 from models.linear import AdaptableLinear
 from models.readers import SafetensorsReader, TorchReader
 from tests import tiny

@@ -484,7 +484,7 @@ def test_a_number_of_labels_is_read_from_either_field():
         ({"pad_token_id": 128}, "pad_token_id 128 is no row of 128"),
         ({"max_position_embeddings": 2}, "max_position_embeddings is 2, but the first token's position is .* 2"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0"),
-        ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'; a number"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'; a finite number"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id is '</s>'"),
         ({"id2label": ["a"]}, "id2label is .'a'.; a name for each"),
         ({"id2label": {"0": "a", "2": "b"}}, "a name for each of 0, 1, 2"),
