@@ -12,9 +12,9 @@ import models
 import models.merging
 import nf4
 import qlora
-from models.compare import answers, compare, random_probe, text_probe
+from models.compare import answers, compare, random_probe
 from models.lazy import load_lazily
-from models.linear import AdaptableLinear, Linear, NF4Linear
+from models.linear import AdaptableLinear, NF4Linear
 from models.lora import adapted_layers
 from models.merge import byte_count, in_float32
 from models.merging import merge_checkpoint
@@ -236,99 +236,6 @@ def test_without_an_original_the_noise_is_not_known_unless_a_base_is_named(tmp_p
     assert {layer.noise for layer in merge_checkpoint(model, tmp_path / "a")} == {None}
     again = merge_checkpoint(model, tmp_path / "b", base=BASE)
     assert all(layer.noise is not None and layer.noise > 0 for layer in again)
-
-
-# Comparing
-
-
-def test_a_divergence_is_that_of_its_definition():
-    p, q = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
-    found = compare(p, q)
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=p.double()), torch.distributions.Categorical(logits=q.double())
-    )
-    assert found.positions == 15
-    assert found.mean_kl == pytest.approx(expected.mean().item())
-    assert found.max_kl == pytest.approx(expected.max().item())
-    assert found.max_logit_difference == pytest.approx((p - q).abs().max().item())
-    assert found.argmax_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
-
-
-def test_equal_logits_do_not_diverge_and_nan_never_passes():
-    p = torch.randn(40, 9) * 30
-    assert compare(p, p).max_kl == 0.0
-    q = p.clone()
-    q[3, 2] = float("nan")
-    assert not compare(p, q).mean_kl <= 1e9
-    assert compare(p, q).max_logit_difference == float("inf")
-
-
-def test_answers_of_a_regression_diverge_by_half_their_squared_difference():
-    assert compare(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]])).mean_kl == pytest.approx(1.0)
-
-
-def test_logits_of_other_shapes_are_not_compared():
-    with pytest.raises(ValueError, match="cannot be compared"):
-        compare(torch.zeros(2, 3), torch.zeros(2, 4))
-
-
-def test_a_probe_is_the_same_for_a_seed_holds_no_padding_and_fits_the_model():
-    model = models.load(TIED)
-    model.config = type(model.config)(**{**vars(model.config), "pad_token_id": 5})
-    probe = random_probe(model, seed=3)
-    assert torch.equal(probe, random_probe(model, seed=3))
-    assert not torch.equal(probe, random_probe(model, seed=4))
-    assert not bool((probe == 5).any())
-    assert model.max_tokens is not None
-    assert probe.shape[1] <= model.max_tokens
-    assert int(probe.max()) < model.config.vocab_size
-
-
-def test_a_text_is_cut_into_whole_rows(model):
-    loaded, tokenizer = models.load(model), models.load_tokenizer(model)
-    text = "It is red and small. " * 40
-    ids = tokenizer.encode(text)
-    assert 256 < len(ids) < 512
-    probe = text_probe(loaded, tokenizer, text)
-    assert probe.shape[1] == 128
-    assert probe.flatten().tolist() == ids[: len(ids) // 128 * 128]
-    assert text_probe(loaded, tokenizer, "It is").tolist() == [tokenizer.encode("It is")]
-
-
-def test_an_encoder_decoder_is_asked_to_write_what_it_reads():
-    class Echo(models.Model):
-        config = type("Config", (), {"decoder_start_token_id": 0})
-        device = torch.device("cpu")
-
-        def forward(self, ids, mask, decoder_ids):
-            return torch.stack([ids, decoder_ids], -1).float()
-
-    found = answers(Echo(), torch.tensor([[5, 6, 7]]))
-    assert found.tolist() == [[[5, 0], [6, 5], [7, 6]]]
-
-
-@pytest.mark.parametrize("source", [BASE, TIED, BIASED])
-def test_a_model_read_lazily_answers_alike_and_keeps_no_layer(source):
-    lazy, ids = load_lazily(source, torch.float32), torch.arange(24).view(2, 12)
-    assert torch.equal(lazy(ids), models.load(source, dtype=torch.float32)(ids))
-    layers = [m for m in lazy.modules() if isinstance(m, Linear)]
-    assert len(layers) == 14
-    assert all(layer.weight.is_meta for layer in layers)
-
-
-def test_a_layer_read_lazily_is_the_only_one_in_memory():
-    lazy, present = load_lazily(BASE, torch.float32), []
-    layers = [m for m in lazy.modules() if isinstance(m, Linear)]
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda *_: present.append(sum(not m.weight.is_meta for m in layers)))
-    lazy(torch.arange(5)[None])
-    assert present == [1] * 14
-
-
-def test_a_quantized_checkpoint_is_not_read_lazily(tmp_path):
-    models.save(models.load(BASE, nf4.QuantConfig()), tmp_path / "q")
-    with pytest.raises(models.CheckpointError, match="is quantized"):
-        load_lazily(tmp_path / "q")
 
 
 # The command
