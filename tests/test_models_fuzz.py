@@ -122,6 +122,22 @@ def sharded(tmp_path_factory):
     return directory
 
 
+@contextlib.contextmanager
+def changed(file: Path, change: Any) -> Any:
+    """The file with what `change` makes of its bytes, for a while."""
+    good = file.read_bytes()
+    file.write_bytes(change(good))
+    try:
+        yield
+    finally:
+        file.write_bytes(good)
+
+
+def as_json(changes: list[tuple[int, Any]]) -> Any:
+    """The edits of a file that is JSON."""
+    return lambda data: json.dumps(edited(json.loads(data), changes)).encode()
+
+
 @fuzz
 @given(changes=edits())
 @pytest.mark.parametrize("case", ["llama-gqa", "llama3-rope-tied"])
@@ -160,12 +176,8 @@ def fairseq_file() -> dict[str, Any]:
 @fuzz
 @given(changes=edits())
 def test_a_config_of_4_bit_weights_with_other_values(stored, changes):
-    good = (stored / "config.json").read_text()
-    try:
-        (stored / "config.json").write_text(json.dumps(edited(json.loads(good), changes)))
+    with changed(stored / "config.json", as_json(changes)):
         survives(lambda: models.load(stored))
-    finally:
-        (stored / "config.json").write_text(good)
 
 
 @fuzz
@@ -185,11 +197,15 @@ def test_a_generation_config_with_other_values(checkpoint, changes):
     (checkpoint / "generation_config.json").unlink()
 
 
-def with_header(data: bytes, change: Any) -> bytes:
-    """A safetensors file whose JSON header was changed."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.dumps(change(json.loads(data[8 : 8 + length]))).encode()
-    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+def header_edits(changes: list[tuple[int, Any]]) -> Any:
+    """The edits of a safetensors file's JSON header."""
+
+    def change(data: bytes) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        header = as_json(changes)(data[8 : 8 + length])
+        return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+    return change
 
 
 @fuzz
@@ -198,47 +214,35 @@ def with_header(data: bytes, change: Any) -> bytes:
 def test_a_safetensors_header_with_other_values(checkpoint, stored, which, changes):
     directory = checkpoint if which == "plain" else stored
     shutil.copy(GOLDEN / "llama-gqa" / "config.json", checkpoint)
-    good = (directory / "model.safetensors").read_bytes()
-    try:
-        (directory / "model.safetensors").write_bytes(with_header(good, lambda header: edited(header, changes)))
+    with changed(directory / "model.safetensors", header_edits(changes)):
         survives(lambda: models.load(directory))
-    finally:
-        (directory / "model.safetensors").write_bytes(good)
 
 
 @fuzz
 @given(changes=damage())
 def test_a_safetensors_header_with_other_bytes(checkpoint, changes):
     shutil.copy(GOLDEN / "llama-gqa" / "config.json", checkpoint)
-    good = (GOLDEN / "llama-gqa" / "model.safetensors").read_bytes()
-    (checkpoint / "model.safetensors").write_bytes(damaged(good, changes, span=2500))
-    survives(lambda: models.load(checkpoint))
-    (checkpoint / "model.safetensors").write_bytes(good)
+    with changed(checkpoint / "model.safetensors", lambda data: damaged(data, changes, span=2500)):
+        survives(lambda: models.load(checkpoint))
 
 
 @fuzz
 @given(changes=edits())
 def test_a_quant_state_with_other_values(stored, changes):
-    good = (stored / "model.safetensors").read_bytes()
-    start = good.index(b'{"quant_type"')
-    end = good.index(b"}", start) + 1
-    text = json.dumps(edited(json.loads(good[start:end]), changes)).encode()[: end - start]
-    try:
-        (stored / "model.safetensors").write_bytes(good[:start] + text.ljust(end - start) + good[end:])
+    def one_state(data: bytes) -> bytes:
+        start = data.index(b'{"quant_type"')
+        end = data.index(b"}", start) + 1
+        return data[:start] + as_json(changes)(data[start:end])[: end - start].ljust(end - start) + data[end:]
+
+    with changed(stored / "model.safetensors", one_state):
         survives(lambda: models.load(stored))
-    finally:
-        (stored / "model.safetensors").write_bytes(good)
 
 
 @fuzz
 @given(changes=edits())
 def test_an_index_with_other_values(sharded, changes):
-    good = (sharded / "model.safetensors.index.json").read_text()
-    try:
-        (sharded / "model.safetensors.index.json").write_text(json.dumps(edited(json.loads(good), changes)))
+    with changed(sharded / "model.safetensors.index.json", as_json(changes)):
         survives(lambda: models.load(sharded))
-    finally:
-        (sharded / "model.safetensors.index.json").write_text(good)
 
 
 @fuzz
@@ -304,10 +308,8 @@ def test_an_adapters_config_with_another_value_where_it_counts(adapter, key, val
 @given(changes=edits())
 def test_an_adapters_header_with_other_values(adapter, changes):
     shutil.copy(GOLDEN / "lora" / "adapter_config.json", adapter[0])
-    good = (GOLDEN / "lora" / "adapter_model.safetensors").read_bytes()
-    (adapter[0] / "adapter_model.safetensors").write_bytes(with_header(good, lambda header: edited(header, changes)))
-    put_on(adapter)
-    (adapter[0] / "adapter_model.safetensors").write_bytes(good)
+    with changed(adapter[0] / "adapter_model.safetensors", header_edits(changes)):
+        put_on(adapter)
 
 
 # GGUF
@@ -378,12 +380,8 @@ def tokenizer_files(tmp_path_factory):
 )
 def test_a_tokenizer_with_other_values(tokenizer_files, file, changes):
     path = tokenizer_files / file
-    good = path.read_text()
-    try:
-        path.write_text(json.dumps(edited(json.loads(good), changes)))
+    with changed(path, as_json(changes)):
         survives(lambda: models.load_tokenizer(path.parent).encode("It is red, 12\n"))
-    finally:
-        path.write_text(good)
 
 
 @fuzz
@@ -391,12 +389,8 @@ def test_a_tokenizer_with_other_values(tokenizer_files, file, changes):
 @pytest.mark.parametrize("file", ["merges/merges.txt", "json/tokenizer.json"])
 def test_a_tokenizer_with_other_bytes(tokenizer_files, file, changes):
     path = tokenizer_files / file
-    good = path.read_bytes()
-    try:
-        path.write_bytes(damaged(good, changes))
+    with changed(path, lambda data: damaged(data, changes)):
         survives(lambda: models.load_tokenizer(path.parent).encode("It is red, 12\n"))
-    finally:
-        path.write_bytes(good)
 
 
 # A model that came through is a model
