@@ -20,7 +20,8 @@ from kernels.cpu_build import Codebook, Scales, library
 from nf4 import QuantConfig, QuantizedTensor
 from nf4.blockwise import Steps, check_out, check_sizes, quantize_by
 from nf4.codebook import ascending, code_bits, levels_of, zero_code
-from nf4.double_quant import Nested, check_finite, entry_midpoints, map_on, without_mean
+from nf4.double_quant import Nested, check_finite, without_mean
+from nf4.dynamic import entry_midpoints, map_on
 from nf4.search import GRID, REFITS, candidate_table
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as common.h counts them

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.launch import INTERPRET
 from nf4 import QuantConfig, QuantizedTensor, code_bits, codebook
-from nf4.double_quant import map_on
+from nf4.dynamic import map_on
 
 # Four codes with two tables: a is looked up for codes 0..7, b for 8..15, and m takes each byte from one of them.
 HALF = """\

@@ -22,7 +22,7 @@ import nf4
 from kernels.launch import Launch, Shipped, ceil_div
 from nf4 import QuantizedTensor, code_bits, codebook
 from nf4.blockwise import check_out, check_sizes
-from nf4.double_quant import map_on
+from nf4.dynamic import map_on
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 GROUP = 8  # weights decoded together: 16 bytes of a 16-bit type

@@ -21,7 +21,8 @@ from kernels.launch import Launch, Shipped, ceil_div
 from nf4 import QuantConfig, QuantizedTensor, code_bits
 from nf4.blockwise import INPUT_DTYPES, Steps, quantize_by
 from nf4.codebook import ascending
-from nf4.double_quant import Nested, check_finite, entry_midpoints
+from nf4.double_quant import Nested, check_finite
+from nf4.dynamic import entry_midpoints
 from nf4.search import search_scales, squared_errors
 
 WIDEST = 4096  # scales or weights that one program takes as a block

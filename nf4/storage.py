@@ -30,7 +30,7 @@ from torch import Tensor
 from nf4.blockwise import INPUT_DTYPES, QuantizedTensor
 from nf4.codebook import CODEBOOKS, code_bits, codebook
 from nf4.config import QuantConfig
-from nf4.double_quant import dynamic_map
+from nf4.dynamic import dynamic_map
 from nf4.packing import largest_code
 
 BITSANDBYTES = ("nf4", "fp4")
