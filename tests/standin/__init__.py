@@ -3,6 +3,7 @@
 A copy has its own file name, so the loader gives it its own globals: nothing is left over from another test.
 """
 
+import atexit
 import ctypes
 import itertools
 import os
@@ -138,12 +139,14 @@ def build(version: int) -> Path:
     """The stand-in of one version of CUDA, compiled once a session."""
     names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
     compiler = next(found for name in names if name and (found := shutil.which(name)))
-    path = Path(folder().name) / f"standin-{version}.so"
+    path = folder() / f"standin-{version}.so"
     flags = ["-O2", "-g", "-Wall", "-Werror", "-fPIC", "-shared", "-pthread", f"-DCUDART_VERSION={version}"]
     subprocess.run([compiler, *flags, "-o", str(path), str(SOURCE)], check=True, capture_output=True, text=True)
     return path
 
 
 @lru_cache
-def folder() -> "tempfile.TemporaryDirectory[str]":
-    return tempfile.TemporaryDirectory(prefix="standin-")
+def folder() -> Path:
+    made = tempfile.mkdtemp(prefix="standin-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)

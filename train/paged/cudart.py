@@ -77,7 +77,7 @@ class Attributes(ctypes.Structure):
     ]
 
 
-P, N, I, U = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint
+P, N, I, U = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint  # noqa: E741
 OUT_P, OUT_N, OUT_I = ctypes.POINTER(P), ctypes.POINTER(N), ctypes.POINTER(I)
 SIGNATURES = {
     "cudaMallocManaged": (I, OUT_P, N, U),
