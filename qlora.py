@@ -20,7 +20,7 @@ class Verb:
 
 VERBS = {
     "demo": Verb("train.demo", "DemoOptions", "command", "the main job on a real model and real data"),
-    "doctor": Verb("kernels.doctor", "DoctorOptions", "command", "what this machine has, with a self-test"),
+    "doctor": Verb("train.doctor", "DoctorOptions", "command", "what this machine has, with a self-test"),
     "quantize": Verb("models.quantize", "QuantizeOptions", "command", "raw checkpoint to NF4 safetensors"),
     "inspect": Verb("models.inspection", "InspectOptions", "command", "what a checkpoint, an adapter or a run is"),
     "train": Verb("train.finetune", "TrainOptions", "command", "fine-tune adapters on a quantized base"),

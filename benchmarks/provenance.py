@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kernels.doctor import devices
+from train.doctor import devices
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "bitsandbytes")

@@ -265,7 +265,7 @@ def test_a_commit_is_of_this_tree():
 
 
 def test_a_torch_that_cannot_tell_the_cpu_still_tells_the_machine(monkeypatch):
-    from kernels.doctor import devices
+    from train.doctor import devices
 
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert devices()["cpu instructions"] == "none of note"

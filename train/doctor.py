@@ -12,6 +12,8 @@ import torch
 import kernels
 import nf4
 from kernels.cpu_build import capabilities, library
+from train.paged.cudart import CudaError, DeviceAttribute
+from train.paged.libraries import find, search_order, version_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,10 +33,14 @@ def command(options: DoctorOptions, console: "Console") -> dict[str, Any]:
     from rich.table import Table
 
     report = {"python": platform.python_version(), "platform": platform.platform(), **packages(), **devices()}
+    report["cuda runtime"] = search_order()
+    report["managed memory"] = managed_memory()
     report["self_test"] = self_test(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # paths are to be read whole
     for key, value in report.items():
-        table.add_row(key, str(value))
+        table.add_row(key, "\n".join(value) if isinstance(value, list) else str(value))
     console.print(table)
     return report
 
@@ -59,6 +65,24 @@ def devices() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         report["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}"
     return report
+
+
+def managed_memory() -> str:
+    """Whether optimizer states can be in memory that pages between the GPU and the host, as CUDA tells it."""
+    try:
+        runtime = find()
+    except RuntimeError:
+        return "no CUDA runtime library"
+    version = f"CUDA {version_text(runtime.version)}"
+    try:
+        there = runtime.device_attribute(DeviceAttribute.MANAGED_MEMORY, 0)
+        concurrent = runtime.device_attribute(DeviceAttribute.CONCURRENT_MANAGED_ACCESS, 0)
+    except CudaError as error:
+        return f"{version}: {error}"
+    if there and concurrent:
+        return f"{version}: there, with concurrent access"
+    missing = "without concurrent access" if there else "not on this GPU"
+    return f"{version}: {missing}, so pinned host memory takes its place"
 
 
 def self_test(device: torch.device) -> str:
