@@ -1,9 +1,9 @@
 """Where the memory of a fine-tuning is, part by part, under each optimizer.
 
-SmolLM2-135M's sizes with random weights in NF4 and rank-16 adapters (`benchmarks.training`), a process for each optimizer:
-the bytes of the tensors of each part after two steps, with states in managed memory as a part of their own, and the
-peak of the steps above what the process had before the model was built. On a CUDA device the peak is of torch's own
-tensors, among which managed memory is not; on a CPU it is the resident size, and there is no managed memory.
+SmolLM2-135M's sizes with random weights in NF4 and rank-16 adapters (`benchmarks.training`), a process for each
+optimizer: the bytes of the tensors of each part after two steps, with states in managed memory as a part of their own,
+and the peak of the steps above what the process had before the model was built. On a CUDA device the peak is of torch's
+own tensors, among which managed memory is not; on a CPU it is the resident size, and there is no managed memory.
 """
 
 import dataclasses

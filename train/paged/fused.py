@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.closed = False
         super().__init__(params, defaults)
 
-    def numbers(self, group: Mapping[str, Any], step: int) -> NamedTuple:
+    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
         """What the operator needs to know of a group's parameter in its step `step`, counted from 1."""
         raise NotImplementedError
 
@@ -101,9 +101,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def update(self, given: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
         """Make a step for parameters that the store covers."""
         assert self.store is not None
-        flats: dict[int, tuple[Tensor, Tensor, NamedTuple]] = {}
+        flats: dict[int, tuple[Tensor, Tensor, tuple[float, ...]]] = {}
         scattered: list[tuple[Tensor, Tensor]] = []  # parameters that are not contiguous, with their copies
-        known: dict[tuple[int, int], NamedTuple] = {}
+        known: dict[tuple[int, int], tuple[float, ...]] = {}
         for p, group in given:
             index = self.members[p]
             if p not in self.state:
@@ -225,7 +225,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if store is not None:
             store.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "FusedOptimizer":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -381,5 +381,5 @@ def check_gradient(p: Tensor) -> None:
 @lru_cache
 def say_unpaged(name: str, device: str) -> None:
     """Say it once: results are the same, so nobody need hear it at every step."""
-    log.warning("%s: managed memory needs a CUDA device and this is a %s, so states are in ordinary memory; "
-                "the results are the same", name, device)  # fmt: skip
+    log.warning("%s: managed memory needs a CUDA device and these parameters are on the %s, so states are in "
+                "ordinary memory; results are the same", name, device)  # fmt: skip
