@@ -85,10 +85,3 @@ def test_oversubscription_reaches_the_paged_and_is_refused_for_others():
     assert optimizer.paging.allow_oversubscription
     with pytest.raises(ValueError, match="allow_oversubscription is for paged optimizers, and lion is none"):
         OptimizerConfig(name="lion", allow_oversubscription=True)
-
-
-def test_an_unknown_name_is_refused():
-    with pytest.raises(
-        ValueError, match="must be one of adamw, paged-adamw, adamw-8bit, paged-adamw-8bit, lion, not 'sgd'"
-    ):
-        OptimizerConfig(name="sgd")

@@ -15,10 +15,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from train.paged.arena import Arena
 
 # Positions where parameters and windows may begin: whole blocks of 256 states, whose scales then lie 16 bytes apart.
 ALIGNMENT = 1024
@@ -46,18 +48,6 @@ class Piece(NamedTuple):
     states: tuple[Tensor, ...]
 
 
-class Memory(Protocol):
-    """Bytes that tensors can be laid over; an `Arena`, or `Ordinary` memory."""
-
-    kind: str
-    nbytes: int
-    device: torch.device
-
-    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
-
-    def close(self) -> None: ...
-
-
 class Ordinary:
     """Memory as torch gives it, on the parameters' own device."""
 
@@ -75,6 +65,9 @@ class Ordinary:
     def close(self) -> None:
         """Let go of the memory; it is freed with the last tensor over it."""
         self.bytes = None
+
+
+Memory = Arena | Ordinary
 
 
 class Store:
