@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class Arena:
         if not 0 <= start <= stop <= self.nbytes:
             raise ValueError(f"bytes of this arena are within 0..{self.nbytes}, unlike {start}..{stop}")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Arena":
         return self
 
     def __exit__(
