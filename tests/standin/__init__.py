@@ -78,6 +78,7 @@ class Standin:
     def calls(self, *names: str) -> list[Call]:
         """The calls so far, in order; only those of these names, if any are given."""
         length = self.library.standin_num_calls()
+        assert length <= 1 << 16, "the stand-in keeps 65,536 calls"
         found = (Call * length)()
         self.library.standin_calls(found, ctypes.c_int64(0), ctypes.c_int64(length))
         return [call for call in found if not names or call.name in names]
@@ -111,6 +112,10 @@ class Standin:
 
     def report(self) -> Report:
         return self.library.standin_report()
+
+    def forgive(self) -> None:
+        """Forget the misuse so far, where a test meant it."""
+        self.library.standin_forgive()
 
     def farewell(self, path: Path) -> None:
         """At the process's end, add a line to this file: allocations left, allocations made, wrong frees."""

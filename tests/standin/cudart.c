@@ -447,6 +447,12 @@ Report standin_report(void) {
     return found;
 }
 
+void standin_forgive(void) {
+    report.freed_twice = report.unknown_pointers = report.damaged_guards = report.lost_writes = 0;
+    for (Allocation *a = first; a; a = a->next)
+        if (!a->live) fill(a->memory, a->size, FREED);
+}
+
 void standin_farewell(const char *path) { /* where to write, at the process's end, what is still allocated */
     snprintf(farewell, sizeof farewell, "%s", path);
 }
