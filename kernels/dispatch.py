@@ -30,7 +30,7 @@ def always(*_: Any) -> bool:
 @lru_cache
 def table() -> tuple[Row, ...]:
     """The forms that there are, the fastest first. (Imported here, since some are built from others.)"""
-    from kernels import chunked, cpu, cpu_attention, cpu_layers, dense, layers, reference, updates
+    from kernels import chunked, cpu, cpu_attention, cpu_layers, cpu_updates, dense, layers, reference, updates
 
     return (
         *(gpu_rows() if torch.cuda.is_available() else ()),  # without a GPU nobody need wait for Triton
@@ -66,8 +66,11 @@ def table() -> tuple[Row, ...]:
         Row("cross_entropy", "cpu", cpu_layers.accepts, cpu_layers.rows_cross_entropy),
         Row("cross_entropy", "any", always, chunked.rows_cross_entropy),
         # what an optimizer does, to lists of tensors
+        Row("adamw", "cpu", cpu_updates.accepts, cpu_updates.adamw),
         Row("adamw", "any", always, updates.adamw),
+        Row("adamw_8bit", "cpu", cpu_updates.accepts, cpu_updates.adamw_8bit),
         Row("adamw_8bit", "any", always, updates.adamw_8bit),
+        Row("lion", "cpu", cpu_updates.accepts, cpu_updates.lion),
         Row("lion", "any", always, updates.lion),
     )
 

@@ -89,7 +89,10 @@ def adamw_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, n: AdamWNumbers) -> T
     """The parameter after the step, in float32; m and v are updated in place."""
     m.mul_(n.beta1).add_(g * (1 - n.beta1))
     v.mul_(n.beta2).add_(g * g * (1 - n.beta2))
-    denominator = v.sqrt().div_(n.correction).add_(n.eps)
+    # A root in float64 rounds to that of float32, where torch's own may be off by a bit; and torch divides by a number
+    # on a CPU, but multiplies by its reciprocal on a GPU.
+    root = v.double().sqrt().float()
+    denominator = root.mul_(1 / n.correction).add_(n.eps)
     return p * n.decay - m / denominator * n.step_size
 
 
