@@ -1,9 +1,10 @@
 """The nearest of the dynamic map's 256 entries by one look at a table and one comparison.
 
 The sign, exponent and first seven bits of the mantissa of a float32 sort the ratios of a block into buckets, each so
-narrow that at most one midpoint between entries lies in it. The table has the number of midpoints below the bucket; whether
-the one in it lies below too is asked exactly, as value > midpoint * absmax in float64, where that product of 28 and 24
-bits needs no rounding. So the ratio may be off by some roundings, and is: it is a product with a reciprocal.
+narrow that at most one midpoint between entries lies in it. The table has the number of midpoints below a bucket;
+whether the one inside lies below the ratio too is asked exactly, as value > midpoint * absmax in float64, where that
+product of 28 and 24 bits needs no rounding. So the ratio that finds the bucket may be off by some roundings, and is: it
+is a product with a reciprocal.
 """
 
 import math

@@ -2,10 +2,10 @@
 
 An update takes many tensors at once, all flat and contiguous: a parameter, its gradient, its states, and its
 `Numbers`, which are the hyperparameters of this step. It works in place, in float32, in the order of operations
-written here, each of which is rounded; a parameter in 16 bits is rounded once, when it is stored. States are float32, or
-8-bit codes of the dynamic map with a float32 absmax for every 256 (arXiv:2110.02861): decoded, updated, and encoded again
-to the exact nearest entries. Only elements of one block of 256 know of one another, so that tensors may be cut at any
-multiple of 256 without changing a bit.
+written here, each of which is rounded; a parameter in 16 bits is rounded once, when it is stored. States are float32,
+or 8-bit codes of the dynamic map with a float32 absmax for every 256 (arXiv:2110.02861): decoded, updated, and encoded
+again to the exact nearest entries. Only elements of one block of 256 know of one another, so that tensors may be cut at
+any multiple of 256 without changing a bit.
 """
 
 import math

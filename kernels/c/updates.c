@@ -83,19 +83,21 @@ INLINE void encode_block(const float *restrict x, int count, const Map *map, uin
     float scale = *absmax = float_of(largest);
     /* A power of two keeps the reciprocal from overflowing, and from losing bits as a subnormal number. */
     float shift = scale < 0x1p-60f ? 0x1p80f : scale > 0x1p60f ? 0x1p-80f : 1;
-    float reciprocal = scale == 0 ? 0 : 1 / (scale * shift);
+    float reciprocal = 1 / (scale == 0 ? 1 : scale * shift);
 
     const int32_t lowest = (int32_t)map->lowest, buckets = (int32_t)map->buckets;
-    int32_t bucket[BLOCK], below[BLOCK];
+    int32_t bucket[BLOCK];
     for (int i = 0; i < count; i++) {
         float ratio = x[i] * shift * reciprocal;
         int32_t at = (int32_t)((bits_of(ratio) & 0x7fffffff) >> 16) - lowest;
         at = at < 0 ? 0 : at >= buckets ? buckets - 1 : at;
         bucket[i] = at + (x[i] < 0 ? buckets : 0);
     }
-    for (int i = 0; i < count; i++) below[i] = map->below[bucket[i]];
     double wide = scale;
-    for (int i = 0; i < count; i++) codes[i] = (uint8_t)(below[i] + ((double)x[i] > map->midpoints[below[i]] * wide));
+    for (int i = 0; i < count; i++) {
+        int below = map->below[bucket[i]];
+        codes[i] = (uint8_t)(below + ((double)x[i] > map->midpoints[below] * wide));
+    }
     if (largest >= 0x7f800000) /* infinity over itself, and all that NaN divides, take the last code */
         for (int i = 0; i < count; i++)
             if (largest > 0x7f800000 || fabsf(x[i]) == INFINITY) codes[i] = 255;
