@@ -124,7 +124,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 params = [part(piece, flat) for piece, flat, _, _ in here]
                 grads = [part(piece, grad) for piece, _, grad, _ in here]
                 states = zip(*(piece.states for piece, *_ in here), strict=True)
-                operator = form(self.operator, params[0].device, params)
+                operator = form(self.operator, params[0].device, params, grads)
                 operator(params, grads, *map(list, states), [numbers for *_, numbers in here])
         for p, flat in scattered:
             p.copy_(flat.view(p.shape))
