@@ -7,6 +7,7 @@ prefetch shows as wrong numbers; each test ends with its leaks and misused memor
 import gc
 import pickle
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -355,6 +356,9 @@ def test_whatever_is_done_nothing_leaks_is_freed_twice_or_read_when_freed(operat
             shapes = [(33, 70), (5,)]
             return paged(cls, standin, parameters(shapes)), unpaged(parameters(shapes), lr=1e-2)
 
+        saved: Any
+        optimizer: Any
+        other: Any
         (optimizer, other), saved, held, number = new(), None, [], 0
         for operation in operations:
             if operation == "new" and optimizer is None:
