@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(libraries, "MAPS", tmp_path / "maps")
     monkeypatch.setattr(libraries, "TOOLKIT", tmp_path / "cuda" / "lib64" / "libcudart.so")
     monkeypatch.setattr(libraries.ctypes.util, "find_library", lambda name: None)
-    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "site"), str(tmp_path / "more")])
+    folders = ["", str(tmp_path / "site"), str(tmp_path / "more")]
+    monkeypatch.setattr(libraries, "sys", SimpleNamespace(path=folders))
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
     (tmp_path / "maps").write_text("55d0-55d1 r--p 00000000 08:01 17 /usr/bin/python3.11\n")
     return tmp_path
@@ -256,7 +258,7 @@ def test_the_doctor_lives_without_a_library(places):
 @needs_wheels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a driver")
 def test_without_a_driver_the_doctor_shows_what_cuda_says(places, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(torch.__file__).parent.parent)])
+    monkeypatch.setattr(libraries, "sys", sys)  # the real site-packages again
     told = doctor.managed_memory()
     assert told.startswith("CUDA 13.")
     assert "CUDA driver version is insufficient" in told or "no CUDA-capable device" in told
