@@ -35,7 +35,7 @@ class BenchOptions:
     """Measure this machine, against bitsandbytes where that is installed and against dense weights."""
 
     name: Positional[str]
-    """What to measure: kernels or training."""
+    """What to measure: kernels, training or memory."""
     device: str = "auto"
     """Where to measure."""
     repeats: int = 7
@@ -125,9 +125,29 @@ def bench_training(options: BenchOptions, console: "Console") -> Result:
     return {"rows": rows, "setting": training.described(setting)}
 
 
+def bench_memory(options: BenchOptions, console: "Console") -> Result:
+    """Where memory is under each optimizer, and how long each one's update takes."""
+    from benchmarks import memory, training, updates
+
+    device = str(pick_device(options.device))
+    setting = training.Setting(device=device)
+    rows = memory.measure(setting)
+    parts = [name.removesuffix("_bytes") for name in rows[0] if name.endswith("_bytes")]
+    names = [row["optimizer"] for row in rows]
+    console.print("SmolLM2-135M's sizes, LoRA of rank 16, MiB of tensors in each part, and the peak of two steps")
+    show(console, names, [{part: row[f"{part}_bytes"] / 2**20 for part in parts} for row in rows], parts)
+    if device == "cpu":
+        console.print("managed: needs a CUDA device; here paged optimizers keep their states in ordinary memory")
+    times = updates.measure(device, options.repeats)
+    columns = [name for name in times[0] if name.endswith("_ms")]
+    show(console, [f"{row['case']}" for row in times], times, columns)
+    return {"rows": rows, "updates": times, "setting": training.described(setting)}
+
+
 BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result]] = {
     "kernels": bench_kernels,
     "training": bench_training,
+    "memory": bench_memory,
 }
 
 

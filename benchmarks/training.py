@@ -26,7 +26,7 @@ from benchmarks.timing import interleaved, stopwatch
 from models.config import LlamaConfig
 from models.linear import NF4Linear
 from train.memory import peak_memory_bytes
-from train.optimizer import OptimizerConfig, make_optimizer
+from train.optimizer import Name, OptimizerConfig, make_optimizer
 from train.step import update
 
 SMOLLM2 = LlamaConfig(
@@ -59,6 +59,7 @@ class Setting:
     alpha: float = 16.0
     dropout: float = 0.1
     device: str = "cpu"
+    optimizer: Name = "adamw"
 
 
 def measure(setting: Setting, dropouts: tuple[float, ...] = (0.0, 0.1), repeats: int = 5) -> list[dict[str, Any]]:
@@ -101,7 +102,7 @@ class Stepper:
         self.model = model.train()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         fill(self.parameters)
-        self.optimizer = make_optimizer(self.parameters, OptimizerConfig())
+        self.optimizer = make_optimizer(self.parameters, OptimizerConfig(name=setting.optimizer))
         generator = torch.Generator().manual_seed(2)
         shape = (setting.batch, setting.tokens)
         ids = torch.randint(setting.config.vocab_size, shape, generator=generator).to(setting.device)

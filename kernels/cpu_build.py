@@ -127,8 +127,18 @@ class Codebook(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("levels", "midpoints", "order")]
 
 
+class DynamicMap(ctypes.Structure):
+    """256 entries and the midpoints between them, and by the buckets of ratios how many midpoints lie below."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("entries", "midpoints", "below")),
+        *((name, ctypes.c_int64) for name in ("lowest", "buckets")),
+    ]
+
+
 P, L, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float  # noqa: E741
 S, B, V = ctypes.POINTER(Scales), ctypes.POINTER(Codebook), ctypes.POINTER(View)
+M = ctypes.POINTER(DynamicMap)
 SIGNATURES = {
     "dequantize": (None, P, S, P, P, L, L, I, I),
     "prefer_huge_pages": (None, P, L),
@@ -150,6 +160,9 @@ SIGNATURES = {
     "attention": (I, V, V, V, V, P, L, L, L, L, L, F, I),
     "attention_grad": (I, V, V, V, V, P, V, V, V, V, L, L, L, L, L, F, I),
     "attends_in_bf16": (I,),
+    "adamw": (None, P, L, I, I, I),
+    "adamw_8bit": (None, P, L, I, I, M, I),
+    "lion": (None, P, L, I, I, I),
 }
 
 

@@ -30,7 +30,7 @@ def always(*_: Any) -> bool:
 @lru_cache
 def table() -> tuple[Row, ...]:
     """The forms that there are, the fastest first. (Imported here, since some are built from others.)"""
-    from kernels import chunked, cpu, cpu_attention, cpu_layers, dense, layers, reference, updates
+    from kernels import chunked, cpu, cpu_attention, cpu_layers, cpu_updates, dense, layers, reference, updates
 
     return (
         *(gpu_rows() if torch.cuda.is_available() else ()),  # without a GPU nobody need wait for Triton
@@ -66,8 +66,11 @@ def table() -> tuple[Row, ...]:
         Row("cross_entropy", "cpu", cpu_layers.accepts, cpu_layers.rows_cross_entropy),
         Row("cross_entropy", "any", always, chunked.rows_cross_entropy),
         # what an optimizer does, to lists of tensors
+        Row("adamw", "cpu", cpu_updates.accepts, cpu_updates.adamw),
         Row("adamw", "any", always, updates.adamw),
+        Row("adamw_8bit", "cpu", cpu_updates.accepts, cpu_updates.adamw_8bit),
         Row("adamw_8bit", "any", always, updates.adamw_8bit),
+        Row("lion", "cpu", cpu_updates.accepts, cpu_updates.lion),
         Row("lion", "any", always, updates.lion),
     )
 
@@ -75,10 +78,13 @@ def table() -> tuple[Row, ...]:
 def gpu_rows() -> tuple[Row, ...]:
     """Triton's forms. Products: few tokens and a middle range are fused, and more take the dense way below."""
     from kernels import (
+        adamw,
+        adamw8,
         cross_entropy,
         dense,
         dropout,
         glu,
+        lion,
         matmul_few,
         matmul_grad,
         matmul_mid,
@@ -105,19 +111,29 @@ def gpu_rows() -> tuple[Row, ...]:
         Row("swiglu", "cuda", glu.accepts, glu.swiglu),
         Row("swiglu_grad", "cuda", glu.accepts, glu.swiglu_grad),
         Row("cross_entropy", "cuda", cross_entropy.accepts, cross_entropy.cross_entropy),
+        Row("adamw", "cuda", adamw.accepts, adamw.adamw),
+        Row("adamw_8bit", "cuda", adamw8.accepts, adamw8.adamw_8bit),
+        Row("lion", "cuda", lion.accepts, lion.lion),
     )
     return tuple(row._replace(form=on_its_device(row.form)) for row in rows)
 
 
 def on_its_device(form: Callable[..., Any]) -> Callable[..., Any]:
-    """The form, launched on the GPU of its first argument: Triton itself takes the current one."""
+    """The form, launched on the GPU of its first argument, or of a list's first: Triton itself takes the current one."""
 
     @wraps(form)
     def launched(first: Any, *others: Any, **options: Any) -> Any:
-        with torch.cuda.device_of(first.packed if isinstance(first, QuantizedTensor) else first):
+        with torch.cuda.device_of(tensor_of(first)):
             return form(first, *others, **options)
 
     return launched
+
+
+def tensor_of(first: Any) -> Any:
+    """A tensor that is where the argument is; None for an empty list, which is nowhere."""
+    if isinstance(first, (list, tuple)):
+        return first[0] if first else None
+    return first.packed if isinstance(first, QuantizedTensor) else first
 
 
 def form(operator: str, device: torch.device, first: Any, second: Any = None) -> Callable[..., Any]:

@@ -2,10 +2,10 @@
 
 An update takes many tensors at once, all flat and contiguous: a parameter, its gradient, its states, and its
 `Numbers`, which are the hyperparameters of this step. It works in place, in float32, in the order of operations
-written here, each of which is rounded; a parameter in 16 bits is rounded once, when it is stored. States are float32, or
-8-bit codes of the dynamic map with a float32 absmax for every 256 (arXiv:2110.02861): decoded, updated, and encoded again
-to the exact nearest entries. Only elements of one block of 256 know of one another, so that tensors may be cut at any
-multiple of 256 without changing a bit.
+written here, each of which is rounded; a parameter in 16 bits is rounded once, when it is stored. States are float32,
+or 8-bit codes of the dynamic map with a float32 absmax for every 256 (arXiv:2110.02861): decoded, updated, and encoded
+again to the exact nearest entries. Only elements of one block of 256 know of one another, so that tensors may be cut at
+any multiple of 256 without changing a bit.
 """
 
 import math
@@ -89,7 +89,10 @@ def adamw_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, n: AdamWNumbers) -> T
     """The parameter after the step, in float32; m and v are updated in place."""
     m.mul_(n.beta1).add_(g * (1 - n.beta1))
     v.mul_(n.beta2).add_(g * g * (1 - n.beta2))
-    denominator = v.sqrt().div_(n.correction).add_(n.eps)
+    # A root in float64 rounds to that of float32, where torch's own may be off by a bit; and torch divides by a number
+    # on a CPU, but multiplies by its reciprocal on a GPU.
+    root = v.double().sqrt().float()
+    denominator = root.mul_(1 / n.correction).add_(n.eps)
     return p * n.decay - m / denominator * n.step_size
 
 

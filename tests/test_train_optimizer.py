@@ -1,10 +1,11 @@
-"""LoRA+: B's own learning rate, in groups of the optimizer."""
+"""Names to optimizers, and LoRA+: the own learning rate of B, in groups of the optimizer."""
 
 import pytest
 import torch
 
 from models.errors import ConfigError
-from train.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
+from train.optimizer import NAMES, OptimizerConfig, make_optimizer, set_learning_rate
+from train.paged import AdamW, AdamW8bit, Lion, PagedAdamW, PagedAdamW8bit
 
 
 def adapter():
@@ -53,3 +54,34 @@ def test_an_impossible_ratio_is_refused(ratio):
 def test_a_ratio_without_adapters_is_refused():
     with pytest.raises(ConfigError, match=r"lora_plus_ratio is 16.0, but no lora_B is trained"):
         make_optimizer({"weight": torch.nn.Parameter(torch.ones(1))}, OptimizerConfig(lora_plus_ratio=16.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "betas"),
+    [
+        ("adamw", AdamW, (0.9, 0.999)),
+        ("paged-adamw", PagedAdamW, (0.9, 0.999)),
+        ("adamw-8bit", AdamW8bit, (0.9, 0.999)),
+        ("paged-adamw-8bit", PagedAdamW8bit, (0.9, 0.999)),
+        ("lion", Lion, (0.9, 0.99)),
+    ],
+)
+def test_each_name_is_a_class_with_its_papers_betas(name, cls, betas):
+    optimizer = make_optimizer(adapter(), OptimizerConfig(name=name, weight_decay=0.25, lora_plus_ratio=2.0))
+    assert type(optimizer) is cls
+    assert [group["betas"] for group in optimizer.param_groups] == [betas, betas]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.25]
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-4, 4e-4]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_betas_that_are_given_are_taken(name):
+    optimizer = make_optimizer(adapter(), OptimizerConfig(name=name, beta1=0.5, beta2=0.75))
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+
+
+def test_oversubscription_reaches_the_paged_and_is_refused_for_others():
+    optimizer = make_optimizer(adapter(), OptimizerConfig(name="paged-adamw", allow_oversubscription=True))
+    assert optimizer.paging.allow_oversubscription
+    with pytest.raises(ValueError, match="allow_oversubscription is for paged optimizers, and lion is none"):
+        OptimizerConfig(name="lion", allow_oversubscription=True)

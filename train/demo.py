@@ -57,7 +57,6 @@ def command(options: DemoOptions, console: "Console") -> dict[str, Any]:
     fetched = time.perf_counter()
     console.print("[bold]2. Quantize[/bold]  to NF4 with double quantization, and attach rank-16 adapters")
     finetuning = prepare(recipe(options, str(model)))
-    parts = footprint(finetuning.model)
     before = answers(finetuning, options.max_new_tokens)
     manifest = finetuning.data.manifest
     console.print(
@@ -67,6 +66,7 @@ def command(options: DemoOptions, console: "Console") -> dict[str, Any]:
     if result.signal is not None:
         raise SystemExit(128 + result.signal)
     after = answers(finetuning, options.max_new_tokens)
+    parts = footprint(finetuning.model, result.state_bytes, result.managed_bytes)
 
     first, last = result.evaluations[0]["loss"], result.evaluations[-1]["loss"]
     console.print("[bold]4. Result[/bold]")
@@ -141,8 +141,10 @@ def memory_table(parts: Footprint, peak: int) -> Any:
         "adapters, float32": parts.adapters,
         "gradients of the adapters": parts.gradients,
         "optimizer, two float32 states": parts.optimizer,
+        "optimizer, in managed memory": parts.managed,
         "peak of the whole process, activations and torch itself included": peak,
     }
     for name, size in rows.items():
-        table.add_row(name, f"{size / 2**20:,.1f}")
+        if size:
+            table.add_row(name, f"{size / 2**20:,.1f}")
     return table

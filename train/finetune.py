@@ -123,5 +123,6 @@ def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
         "evaluations": list(result.evaluations),
         "seconds": round(result.seconds, 2),
         "peak_memory": result.peak_memory,
+        "optimizer": {"state_bytes": result.state_bytes, "managed_bytes": result.managed_bytes},
         "data": manifest,
     }

@@ -1,8 +1,6 @@
-"""Where the bytes of a fine-tuning are: the stored base, the 16-bit rest, adapters, and the optimizer's state."""
+"""Where the bytes of a fine-tuning are: the stored base, the 16-bit rest, adapters, and the optimizer's states."""
 
 from dataclasses import dataclass
-
-import torch
 
 from models import Model
 from models.precision import QUANTIZED, parts_in_memory
@@ -21,19 +19,22 @@ class Footprint:
     adapters: int
     gradients: int
     optimizer: int
+    """States that stay where they are."""
+    managed: int
+    """States in managed memory, which leave the device when activations need the room."""
 
 
-def footprint(model: Model, states_per_parameter: int = 2) -> Footprint:
-    """Count the bytes of a model with adapters; Adam keeps two states for each trained parameter."""
+def footprint(model: Model, state_bytes: int, managed_bytes: int = 0) -> Footprint:
+    """Count the bytes of a model with adapters, whose optimizer has states of which `managed_bytes` are managed."""
     parts = parts_in_memory(model)
     quantized = sum(parts[QUANTIZED].nbytes.values())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    adapters = sum(p.nbytes for p in trained)
+    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return Footprint(
         quantized=quantized,
         bits_per_weight=parts[QUANTIZED].bits_per_weight,
         rest=parts.nbytes - quantized - adapters,
         adapters=adapters,
         gradients=adapters,
-        optimizer=states_per_parameter * torch.float32.itemsize * sum(p.numel() for p in trained),
+        optimizer=state_bytes - managed_bytes,
+        managed=managed_bytes,
     )

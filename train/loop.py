@@ -6,6 +6,7 @@ What the loop itself has to remember from one step to the next is one small obje
 import math
 import time
 from collections.abc import Callable, Iterator, Sized
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -90,6 +91,10 @@ class TrainResult:
     seconds: float = 0.0
     peak_memory: int = 0
     """In bytes; of tensors on a CUDA device, of the whole process on a CPU."""
+    state_bytes: int = 0
+    """What the optimizer's states took."""
+    managed_bytes: int = 0
+    """Those of them in managed memory, which `peak_memory` doesn't count."""
     signal: int | None = None
     """The signal that interrupted; the process should exit with 128 + signal."""
 
@@ -114,11 +119,11 @@ def train(
     state = state or LoopState()
     evaluations: list[dict[str, int | float]] = []
     step = None
-    with run:
+    with run, ExitStack() as stack:
         parameters = trainable(model)
         device = next(iter(parameters.values())).device
         total = total_steps(config, len(batches))
-        optimizer = make_optimizer(parameters, config.optimizer)
+        optimizer = stack.enter_context(make_optimizer(parameters, config.optimizer))  # its memory goes with the block
         clip = config.optimizer.max_grad_norm
         progress = Progress(total, done=state.step, every=config.log_every, quiet=quiet, write=run.log)
 
@@ -158,6 +163,7 @@ def train(
         finally:
             plot_runs([run.directory], run.directory / "plots" / "loss.png")
         done = state.step == total
+        state_bytes, managed_bytes = optimizer.state_bytes, optimizer.managed_bytes
         if not done:
             run.status(f"interrupted@{state.step}")
     return TrainResult(
@@ -167,6 +173,8 @@ def train(
         evaluations=tuple(evaluations),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory_bytes(device),
+        state_bytes=state_bytes,
+        managed_bytes=managed_bytes,
         signal=interrupt.signal,
     )
 

@@ -26,6 +26,10 @@ MiB = 2**20
 log = logging.getLogger(__name__)
 
 
+class OversubscriptionError(torch.OutOfMemoryError):
+    """More managed memory than the device could hold at once, and nobody allowed that."""
+
+
 def allocate(nbytes: int, device: torch.device, runtime: Runtime, *, allow_oversubscription: bool) -> "Allocation":
     """Managed memory if the device can page it, else pinned memory. After an error nothing is held."""
     with current(device):
@@ -128,7 +132,9 @@ def reserve(nbytes: int, device: torch.device, runtime: Runtime, allow_oversubsc
         f"exceed the {free / MiB:,.1f} MiB free on device {device.index or 0}"
     )
     if not allow_oversubscription:
-        raise RuntimeError(f"{figures}: free some there, take 8-bit states, or pass allow_oversubscription=True")
+        raise OversubscriptionError(
+            f"{figures}: free some there, take 8-bit states, or pass allow_oversubscription=True"
+        )
     log.warning("%s: what does not fit moves over the bus at every step, which makes steps many times slower", figures)
 
 

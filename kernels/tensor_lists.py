@@ -1,0 +1,119 @@
+"""Lists of tensors as one table, by which a single call in C or one launch on a GPU updates all of them.
+
+A row of the table is one tensor's: its length, where the parameter, its gradient and its states lie, and the numbers
+of the update in float32. LoRA trains hundreds of small matrices, so that a call for each would cost more than what it
+computes.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kernels.updates import PARAMETER_DTYPES, STATE_BLOCK, AdamWNumbers, LionNumbers, Tensors
+
+# Length, six addresses and eight numbers; C has it as `Update` in kernels/c/updates.c.
+ROW = struct.Struct("=7q8f")
+WORDS = ROW.size // 8
+NUMBERS = 7  # the word at which the numbers begin, two in each
+ALIGNMENT = 16  # bytes that a GPU loads at once
+
+Numbers = AdamWNumbers | LionNumbers
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensors of a list whose parameters, and whose gradients, have one dtype."""
+
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    sizes: list[int] = field(default_factory=list)
+    table: bytearray = field(default_factory=bytearray)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every address is a multiple of 16 bytes."""
+        return not any(word % ALIGNMENT for row in ROW.iter_unpack(self.table) for word in row[1:NUMBERS])
+
+
+def accepts(params: Tensors, grads: Tensors) -> bool:
+    """Whether all parameters and gradients are of dtypes that the kernels take."""
+    return all(tensor.dtype in PARAMETER_DTYPES for tensors in (params, grads) for tensor in tensors)
+
+
+def grouped(
+    params: Tensors,
+    grads: Tensors,
+    states: dict[str, Tensors],
+    numbers: Sequence[Numbers],
+    eight_bits: bool = False,
+) -> list[Group]:
+    """A table for each pair of dtypes. Empty tensors are left out.
+
+    The tables hold addresses and the kernels trust them, so that here is where a tensor of the wrong size is refused.
+    """
+    for name, tensors in ({"grads": grads, "numbers": numbers} | states).items():
+        if len(tensors) != len(params):
+            raise ValueError(f"an update takes lists of one length: {len(params)} params, but {len(tensors)} {name}")
+    groups: dict[tuple[torch.dtype, torch.dtype], Group] = {}
+    for i, (p, g, n) in enumerate(zip(params, grads, numbers, strict=True)):
+        length = p.numel()
+        check(f"params[{i}]", p, length, p.dtype, p.device)
+        check(f"grads[{i}]", g, length, g.dtype, p.device)
+        addresses = [p.data_ptr(), g.data_ptr()]
+        for name, tensor in ((name, tensors[i]) for name, tensors in states.items()):
+            scale = name.endswith("absmaxes")
+            dtype = torch.uint8 if eight_bits and not scale else torch.float32
+            check(f"{name}[{i}]", tensor, -(-length // STATE_BLOCK) if scale else length, dtype, p.device)
+            addresses += [tensor.data_ptr()] if eight_bits else [tensor.data_ptr(), 0]  # float32 has no scales
+        if length:
+            group = groups.setdefault((p.dtype, g.dtype), Group(p.dtype, g.dtype))
+            group.sizes.append(length)
+            group.table.extend(ROW.pack(length, *addresses, *[0] * (6 - len(addresses)), *in_order(n)))
+    return list(groups.values())
+
+
+def check(name: str, tensor: Tensor, length: int, dtype: torch.dtype, device: torch.device) -> None:
+    if tensor.numel() != length or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        layout = "contiguous" if tensor.is_contiguous() else "strided"
+        raise ValueError(
+            f"{name} must be {length} contiguous elements of {dtype} on {device}, not {tensor.numel()} {layout} "
+            f"ones of {tensor.dtype} on {tensor.device}"
+        )
+
+
+@lru_cache(maxsize=1024)
+def in_order(n: Numbers) -> tuple[float, ...]:
+    """The eight numbers of a row."""
+    betas = (n.beta1, 1 - n.beta1, n.beta2, 1 - n.beta2)
+    if isinstance(n, AdamWNumbers):
+        return (*betas, n.step_size, 1 / n.correction, n.eps, n.decay)
+    return (*betas, n.lr, 0.0, 0.0, n.decay)
+
+
+@lru_cache(maxsize=32)
+def tiles(sizes: tuple[int, ...], tile: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which row of the table each program of a launch works on, and on which tile of that tensor; both int32."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        counts = torch.tensor([-(-size // tile) for size in sizes])
+        rows = torch.arange(len(sizes)).repeat_interleave(counts)
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        within = torch.arange(len(rows)) - first
+        return rows.int().to(device), within.int().to(device)
+
+
+def launches(
+    groups: Sequence[Group], tile: int, device: torch.device
+) -> Iterator[tuple[Group, Tensor, Tensor, Tensor]]:
+    """Each group with what a launch needs on its device: the table, and for every program its row and its tile.
+
+    The table is copied from pinned memory, which torch keeps until the copy is done, so that nothing waits.
+    """
+    for group in groups:
+        table = torch.frombuffer(group.table, dtype=torch.int64)
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)
+        yield (group, table, *tiles(tuple(group.sizes), tile, device))

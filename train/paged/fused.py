@@ -1,0 +1,385 @@
+"""An optimizer that keeps the states of all parameters in one memory and updates them in one launch.
+
+`torch.optim.Optimizer` is the contract: groups, hooks, closures, `state_dict`, pickling. What is different is where
+states are. They lie in one `Store`; with `Paging` its memory is an arena of managed memory, which the driver may evict
+to the CPU when a spike of activations needs the room (arXiv:2305.14314, section 3), and which a `Pager` brings back
+ahead of the update. Whether states are paged is decided once, for all of them together: a page is larger than most LoRA
+matrices, so that a rule by tensor would page next to none of them.
+
+What is computed does not depend on any of that, bit for bit.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import form
+from kernels.updates import PARAMETER_DTYPES
+from train.paged import libraries
+from train.paged.arena import Arena
+from train.paged.cudart import Runtime
+from train.paged.pager import Pager
+from train.paged.store import Memory, Ordinary, Piece, Slot, Store
+
+log = logging.getLogger(__name__)
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paging:
+    """That states are to be in managed memory, and how."""
+
+    allow_oversubscription: bool = False
+    """Allocate even if the device could not hold all managed memory at once."""
+    window_bytes: int = 64 * 2**20
+    """States that are prefetched and updated together."""
+    runtime: Runtime | None = None
+    """The CUDA runtime to allocate with; by default the one that torch uses. It is not pickled."""
+
+    def __post_init__(self) -> None:
+        if self.window_bytes < 1:
+            raise ValueError(f"window_bytes must be at least 1, not {self.window_bytes}")
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """What AdamW and Lion share; a subclass names its slots, its operator, and the numbers of a step."""
+
+    slots: ClassVar[tuple[Slot, ...]]
+    """The states of a parameter, in the order in which the operator takes them."""
+    operator: ClassVar[str]
+    """The row of `kernels.dispatch` that updates parameters from gradients, slots and numbers."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], paging: Paging | None = None) -> None:
+        self.paging = paging
+        self.store: Store | None = None
+        self.pager: Pager | None = None
+        self.members: dict[Tensor, int] = {}
+        self.closed = False
+        super().__init__(params, defaults)
+
+    def numbers(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
+        """What the operator needs to know of a group's parameter in its step `step`, counted from 1."""
+        raise NotImplementedError
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Refuse hyperparameters that make no sense, with a ValueError."""
+        raise NotImplementedError
+
+    def forms(self) -> tuple[tuple[Slot, ...], ...]:
+        """The slots that a state which is loaded may have: its own, and others that `converted` takes."""
+        return (self.slots,)
+
+    def converted(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state of one of the forms in that of this optimizer's slots."""
+        return state
+
+    # One step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; the closure's loss, if one is given."""
+        self.check_open()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        given = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, _ in given:
+            check_gradient(p)
+        if given:
+            self.cover(p for p, _ in given)
+            self.update(given)
+        return loss
+
+    def update(self, given: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
+        """Make a step for parameters that the store covers."""
+        assert self.store is not None
+        flats: dict[int, tuple[Tensor, Tensor, tuple[float, ...]]] = {}
+        scattered: list[tuple[Tensor, Tensor]] = []  # parameters that are not contiguous, with their copies
+        known: dict[tuple[int, int], tuple[float, ...]] = {}
+        for p, group in given:
+            index = self.members[p]
+            if p not in self.state:
+                self.state[p] = {"step": torch.zeros(()), **self.store.states(index)}
+            step = int(self.state[p]["step"]) + 1
+            self.state[p]["step"].fill_(step)
+            if (id(group), step) not in known:
+                known[id(group), step] = self.numbers(group, step)
+            flat = p.detach().contiguous().view(-1)
+            if not p.is_contiguous():
+                scattered.append((p, flat))
+            assert p.grad is not None
+            flats[index] = (flat, p.grad.detach().contiguous().view(-1), known[id(group), step])
+
+        for pieces in self.visited():
+            here = [(piece, *flats[piece.index]) for piece in pieces if piece.index in flats]
+            if here:
+                params = [part(piece, flat) for piece, flat, _, _ in here]
+                grads = [part(piece, grad) for piece, _, grad, _ in here]
+                states = zip(*(piece.states for piece, *_ in here), strict=True)
+                operator = form(self.operator, params[0].device, params, grads)
+                operator(params, grads, *map(list, states), [numbers for *_, numbers in here])
+        for p, flat in scattered:
+            p.copy_(flat.view(p.shape))
+
+    def visited(self) -> Iterator[list[Piece]]:
+        """The pieces of each window, when their states may be touched."""
+        assert self.store is not None
+        for window in self.pager.visit() if self.pager else range(len(self.store.windows)):
+            yield self.store.pieces[window]
+
+    # Where states are
+
+    @property
+    def memory_kind(self) -> str | None:
+        """Where states are: "managed", "pinned" or "ordinary" memory; None while there are none."""
+        return self.store.memory.kind if self.store else None
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of memory that states take."""
+        return self.store.nbytes if self.store else 0
+
+    @property
+    def managed_bytes(self) -> int:
+        """Those of them in managed memory, which the driver may evict."""
+        return self.state_bytes if self.memory_kind == "managed" else 0
+
+    def evict(self) -> None:
+        """Move paged states to the CPU now, before something large that needs no step, such as an evaluation."""
+        if self.pager:
+            self.pager.evict()
+
+    def prefetch(self) -> None:
+        """Move paged states to the device now; a step does so by itself."""
+        if self.pager:
+            self.pager.prefetch()
+
+    def cover(self, params: Iterable[Tensor]) -> None:
+        """Have a store with room for these parameters and all that may get a gradient; states that are there stay."""
+        params = list(params)
+        device = params[0].device
+        if self.fits(params, device):
+            return
+        wanted = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        covered = list(dict.fromkeys([*wanted, *params, *self.state]))
+        devices = sorted({str(p.device) for p in covered})
+        if len(devices) > 1:
+            raise ValueError(f"the parameters of a {type(self).__name__} must be on one device, not on {devices}")
+        store, pager = self.allocated([p.shape for p in covered], device)
+        members = {p: index for index, p in enumerate(covered)}
+        for p, state in self.state.items():
+            fill(store.states(members[p]), state)
+        self.take(store, pager, members, {p: state["step"] for p, state in self.state.items()})
+
+    def take(
+        self, store: Store, pager: Pager | None, members: dict[Tensor, int], steps: Mapping[Tensor, Tensor]
+    ) -> None:
+        """Replace the store by another that holds the states already, and give the old one's memory back."""
+        old, self.store, self.pager, self.members = self.store, store, pager, members
+        self.state = defaultdict(dict)
+        for p, step in steps.items():
+            self.state[p] = {"step": step, **store.states(members[p])}
+        if old is not None and old is not store:
+            old.close()
+
+    def fits(self, params: Iterable[Tensor], device: torch.device) -> bool:
+        """Whether the present store has room for these parameters, on their device."""
+        return (
+            self.store is not None
+            and self.store.memory.device == device
+            and all(p in self.members and p.device == device for p in params)
+        )
+
+    def allocated(self, shapes: Sequence[torch.Size], device: torch.device) -> tuple[Store, Pager | None]:
+        """A new store for parameters of these shapes, and what pages it."""
+        paging = self.paging
+        if paging is not None and device.type != "cuda" and paging.runtime is None:
+            say_unpaged(type(self).__name__, device.type)
+            paging = None
+        if paging is None:
+            return Store(shapes, self.slots, lambda nbytes: Ordinary(nbytes, device)), None
+        runtime = paging.runtime or libraries.find()
+
+        def allocate(nbytes: int) -> Memory:
+            return Arena(nbytes, device, runtime, allow_oversubscription=paging.allow_oversubscription)
+
+        store = Store(shapes, self.slots, allocate, paging.window_bytes)
+        assert isinstance(store.memory, Arena)
+        windows = [store.byte_ranges(window) for window in range(len(store.windows))]
+        return store, Pager(store.memory, windows) if store.memory.kind == "managed" else None
+
+    def close(self) -> None:
+        """Free the states' memory now; the optimizer is of no use afterwards. Closing twice is fine."""
+        self.closed = True
+        self.state = defaultdict(dict)
+        self.members, self.pager = {}, None
+        store, self.store = self.store, None
+        if store is not None:
+            store.close()
+
+    def __enter__(self) -> "FusedOptimizer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError(f"this {type(self).__name__} is closed and its states are gone; make a new one")
+
+    # States from and to elsewhere
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how training goes on, in plain tensors of their own: nothing in it is paged.
+
+        States in managed memory come as copies in the CPU's memory, all others as copies where they are.
+        """
+        self.check_open()
+        handle = self.register_state_dict_post_hook(lambda _, packed: self.plain(packed), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def plain(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """A packed state dict with copies in place of what looks into the store."""
+        return {**packed, "state": self.copies(packed["state"])}
+
+    def copies(self, states: Mapping[Any, State]) -> dict[Any, State]:
+        self.evict()  # a device that is short of memory need not take them in to be read
+        there = "cpu" if self.memory_kind in ("managed", "pinned") else None
+        return {
+            key: {name: value.to(there, copy=True) if there else value.clone() for name, value in state.items()}
+            for key, state in states.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict of this class or of one that it can be converted from; paged states are paged again.
+
+        A ValueError says what does not fit, and nothing has changed then.
+        """
+        self.check_open()
+        # torch would cast states to their parameter's type on the way; what it does not know it leaves alone.
+        handle = self.register_load_state_dict_pre_hook(lambda _, given: kept(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_open()
+        return {
+            "defaults": self.defaults,
+            "state": self.copies(self.state),
+            "param_groups": self.param_groups,
+            "paging": replace(self.paging, runtime=None) if self.paging else None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Where `load_state_dict` and unpickling meet: check, allocate, and only then change anything."""
+        fresh = {"paging": state.get("paging"), "store": None, "pager": None, "members": {}, "closed": False}
+        for name, value in fresh.items():
+            self.__dict__.setdefault(name, value)
+        groups = state["param_groups"]
+        for old, new in zip(self.__dict__.get("param_groups", groups), groups, strict=True):
+            for name, value in old.items():
+                new.setdefault(name, value)  # what only our groups have, such as the ratio of LoRA+
+            self.check_group(new)
+        incoming = {p: s.state if isinstance(s, Kept) else s for p, s in state["state"].items()}
+        incoming = {p: s for p, s in incoming.items() if s}
+        positions = {p: i for i, p in enumerate(p for group in groups for p in group["params"])}
+        for p, s in incoming.items():
+            self.check_state(positions.get(p), p, s)
+
+        store, pager, members = self.store, self.pager, self.members
+        if incoming:
+            covered = list(dict.fromkeys([*(p for p in positions if p.requires_grad), *incoming]))
+            device = covered[0].device
+            if store is None or not self.fits(covered, device):
+                store, pager = self.allocated([p.shape for p in covered], device)
+                members = {p: index for index, p in enumerate(covered)}
+            else:
+                store.clear()
+            for p, s in incoming.items():
+                fill(store.states(members[p]), self.converted(s))
+        super().__setstate__({**state, "state": defaultdict(dict)})
+        if store is not None:
+            self.take(store, pager, members, {p: torch.tensor(float(s["step"])) for p, s in incoming.items()})
+
+    def check_state(self, position: int | None, p: Any, state: Mapping[str, Any]) -> None:
+        """Refuse a state that is not one of this optimizer for this parameter."""
+        if position is None:
+            raise ValueError(f"the state dict has a state for {p!r}, which is no parameter of its groups")
+        where = f"state of parameter {position}, of shape {tuple(p.shape)}"
+        step = float(state.get("step", -1))
+        if not (step >= 0 and step.is_integer()):
+            raise ValueError(f"{where}: step must be a whole number and not negative, not {state.get('step')}")
+        names = state.keys() - {"step"}
+        form = next((form for form in self.forms() if names == {slot.name for slot in form}), None)
+        if form is None:
+            own = ", ".join(slot.name for slot in self.slots)
+            came = ", ".join(sorted(map(str, names))) or "nothing"
+            raise ValueError(f"{where}: {type(self).__name__} keeps {own}, but {came} came")
+        for slot in form:
+            value, shape = state[slot.name], slot.shape(p.shape)
+            if tuple(value.shape) != shape or value.is_floating_point() != slot.dtype.is_floating_point:
+                came = f"{value.dtype} of {tuple(value.shape)}"
+                raise ValueError(f"{where}: {slot.name} must be {slot.dtype} of shape {shape}, not {came}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with hyperparameters of their own; their states begin at zero."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self.check_group(group)
+            for p in group["params"]:
+                if p.dtype not in PARAMETER_DTYPES:
+                    allowed = ", ".join(map(str, PARAMETER_DTYPES))
+                    raise ValueError(
+                        f"a parameter must be one of {allowed}; one of shape {tuple(p.shape)} is {p.dtype}"
+                    )
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A parameter's state on its way through torch."""
+
+    state: Mapping[str, Any]
+
+
+def kept(state_dict: dict[str, Any]) -> dict[str, Any]:
+    return {**state_dict, "state": {k: Kept(state) for k, state in state_dict["state"].items()}}
+
+
+def fill(states: State, source: Mapping[str, Any]) -> None:
+    """Copy states into their places."""
+    for name, tensor in states.items():
+        tensor.copy_(source[name])
+
+
+def part(piece: Piece, flat: Tensor) -> Tensor:
+    return flat if (piece.start, piece.stop) == (0, len(flat)) else flat[piece.start : piece.stop]
+
+
+def check_gradient(p: Tensor) -> None:
+    assert p.grad is not None
+    if p.grad.layout != torch.strided:
+        raise RuntimeError(f"gradients must be dense; that of a parameter of shape {tuple(p.shape)} is {p.grad.layout}")
+
+
+@lru_cache
+def say_unpaged(name: str, device: str) -> None:
+    """Say it once: results are the same, so nobody need hear it at every step."""
+    log.warning("%s: managed memory needs a CUDA device and these parameters are on the %s, so states are in "
+                "ordinary memory; results are the same", name, device)  # fmt: skip
