@@ -194,6 +194,8 @@ def test_the_doctor_tests_itself(capsys):
     found, _ = told(capsys, "doctor", "--json")
     assert found["self_test"].startswith("passed on")
     assert found["torch"] == torch.__version__
+    assert found["cuda runtime"][0].startswith("loaded in this process: ")
+    assert found["managed memory"]
 
 
 # Mistakes

@@ -69,7 +69,7 @@ class Allocation:
         """As `close`, where nobody is there to catch an error: in a finalizer."""
         try:
             self.close()
-        except CudaError as error:
+        except RuntimeError as error:  # CUDA's, or torch's if an earlier kernel has broken the device
             log.error("%s memory of %d bytes could not be freed: %s", self.kind, self.nbytes, error)
 
     def free_if_unused(self) -> None:

@@ -117,20 +117,14 @@ class Runtime:
 
     def malloc_managed(self, nbytes: int) -> int:
         """Address of new managed memory, with whatever was in it."""
-        pointer = P()
-        self._call("cudaMallocManaged", pointer, sized(nbytes), ATTACH_GLOBAL, nbytes=nbytes)
-        assert pointer.value is not None, "cudaMallocManaged succeeded without an address"
-        return pointer.value
+        return self._malloc("cudaMallocManaged", nbytes, ATTACH_GLOBAL)
 
     def free(self, pointer: int) -> None:
         self._call("cudaFree", addressed(pointer))
 
     def malloc_host(self, nbytes: int) -> int:
         """Address of new pinned host memory, which a GPU reads and writes over the bus."""
-        pointer = P()
-        self._call("cudaMallocHost", pointer, sized(nbytes), nbytes=nbytes)
-        assert pointer.value is not None, "cudaMallocHost succeeded without an address"
-        return pointer.value
+        return self._malloc("cudaMallocHost", nbytes)
 
     def free_host(self, pointer: int) -> None:
         self._call("cudaFreeHost", addressed(pointer))
@@ -174,6 +168,12 @@ class Runtime:
 
     def synchronize_stream(self, stream: int) -> None:
         self._call("cudaStreamSynchronize", stream)
+
+    def _malloc(self, name: str, nbytes: int, *flags: int) -> int:
+        pointer = P()
+        self._call(name, pointer, sized(nbytes), *flags, nbytes=nbytes)
+        assert pointer.value is not None, f"{name} succeeded without an address"
+        return pointer.value
 
     def _range_attribute(self, attribute: int, pointer: int, nbytes: int) -> int:
         value = I()

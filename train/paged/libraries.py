@@ -21,7 +21,7 @@ WHEELS = {  # by CUDA's major version: the wheel, and where it keeps the library
     "13": ("nvidia-cuda-runtime", "nvidia/cu13/lib/libcudart.so.13"),
     "12": ("nvidia-cuda-runtime-cu12", "nvidia/cuda_runtime/lib/libcudart.so.12"),
 }
-FILE_NAME = re.compile(r"/\S*/libcudart(-[0-9a-f]+)?\.so[.0-9]*$")  # old wheels of torch put a hash into the name
+FILE_NAME = re.compile(r"libcudart(-[0-9a-f]+)?\.so(\.\d+)*")  # some wheels of torch put a hash into the name
 MAPS = Path("/proc/self/maps")
 TOOLKIT = Path("/usr/local/cuda/lib64/libcudart.so")
 
@@ -109,8 +109,8 @@ def places(source: str, paths: list[str]) -> list[Candidate]:
 def already_loaded() -> list[str]:
     """Runtime libraries in this process's memory, which are torch's: by path, or without /proc by name."""
     if MAPS.exists():
-        found = [match.group() for line in MAPS.read_text().splitlines() if (match := FILE_NAME.search(line))]
-        return list(dict.fromkeys(found))
+        paths = [line.split(maxsplit=5)[5:] for line in MAPS.read_text().splitlines()]  # the path is the sixth column
+        return list(dict.fromkeys(path for (path,) in filter(None, paths) if FILE_NAME.fullmatch(Path(path).name)))
     without_loading = getattr(os, "RTLD_NOLOAD", None)
     if without_loading is None:  # Windows
         return []

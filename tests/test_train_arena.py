@@ -1,0 +1,752 @@
+"""The arena: whatever happens, memory is freed once, and never while a tensor looks into it."""
+
+import contextlib
+import copy
+import ctypes
+import gc
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.standin import ON_DEVICE, ON_HOST, VERSIONS, Standin, fresh
+from train.paged import arena as arena_module
+from train.paged.allocation import View
+from train.paged.arena import Arena, CudaArray, held
+from train.paged.cudart import CPU, NOWHERE, Advice, CudaError
+
+ROOT = Path(__file__).parent.parent
+KiB, MiB = 2**10, 2**20
+HOST = torch.device("cpu")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64)
+
+
+@pytest.fixture(params=VERSIONS)
+def cuda(request: pytest.FixtureRequest) -> Iterator[Standin]:
+    with fresh(request.param) as standin:
+        yield standin
+
+
+def made(cuda: Standin, nbytes: int = 64 * KiB, **options: bool) -> Arena:
+    return Arena(nbytes, HOST, cuda.runtime, **options)
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tensor_is_the_memory_at_its_offset(cuda, dtype):
+    with made(cuda) as arena:
+        whole = arena.tensor(0, (64 * KiB,), torch.uint8)
+        part = arena.tensor(1024, (3, 5), dtype)
+        assert (part.shape, part.dtype, part.device) == ((3, 5), dtype, HOST)
+        assert part.is_contiguous()
+        assert part.data_ptr() == whole.data_ptr() + 1024
+        whole.zero_()
+        part.copy_(torch.arange(15).view(3, 5))
+        stop = 1024 + part.nbytes
+        assert torch.equal(whole[1024:stop].view(dtype), torch.arange(15).to(dtype))
+        assert not whole[:1024].any()
+        assert not whole[stop:].any()
+
+
+def test_fresh_memory_is_not_a_number():
+    """So that a state which is never initialised shows in every test over the stand-in."""
+    with fresh() as cuda, made(cuda) as arena:
+        for dtype in DTYPES[:4]:
+            assert arena.tensor(0, (100,), dtype).isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["managed", "pinned"])
+def test_memory_begins_at_a_multiple_of_256(cuda, kind):
+    cuda.attributes(concurrent=int(kind == "managed"))
+    for nbytes in (1, 255, 4097):
+        with made(cuda, nbytes) as arena:
+            assert arena.kind == kind
+            assert arena.tensor(0, (1,), torch.uint8).data_ptr() % 256 == 0
+
+
+def test_memory_that_is_not_aligned_is_not_used_and_not_kept(cuda):
+    cuda.misalign(128)
+    with pytest.raises(AssertionError, match="not aligned to 256 bytes"):
+        made(cuda)
+    gc.collect()
+    assert cuda.report().live == 0
+    assert held(cuda.runtime, 0) == 0
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2)])
+def test_a_tensor_of_nothing_has_its_shape_and_holds_no_memory(cuda, shape):
+    arena = made(cuda)
+    nothing = arena.tensor(64 * KiB, shape, torch.float32)
+    assert (nothing.shape, nothing.dtype) == (shape, torch.float32)
+    arena.close()
+    assert cuda.report().live == 0
+
+
+def test_a_tensor_of_no_dimensions_is_one_number(cuda):
+    with made(cuda) as arena:
+        step = arena.tensor(8, (), torch.int64)
+        step.fill_(7)
+        assert step.item() == arena.tensor(8, (1,), torch.int64).item() == 7
+
+
+def test_a_tensor_reaches_the_last_byte_and_not_beyond(cuda):
+    with made(cuda, 100) as arena:
+        arena.tensor(96, (1,), torch.float32).zero_()
+        with pytest.raises(ValueError, match=r"bytes of this arena are within 0..100, unlike 96..104"):
+            arena.tensor(96, (2,), torch.float32)
+        with pytest.raises(ValueError, match=r"unlike 101..101"):
+            arena.tensor(101, (0,), torch.uint8)
+        with pytest.raises(ValueError, match=r"unlike -4..0"):
+            arena.tensor(-4, (1,), torch.float32)
+
+
+def test_a_tensor_starts_where_its_type_can(cuda):
+    with (
+        made(cuda) as arena,
+        pytest.raises(ValueError, match=r"torch.float32 starts at a multiple of 4 bytes, not at 6"),
+    ):
+        arena.tensor(6, (1,), torch.float32)
+
+
+def test_a_shape_has_no_negative_sizes(cuda):
+    with made(cuda) as arena, pytest.raises(ValueError, match=r"no negative sizes, unlike \(-2, -3\)"):
+        arena.tensor(0, (-2, -3), torch.float32)
+
+
+def test_a_closed_arena_refuses(cuda):
+    arena = made(cuda)
+    kept = arena.tensor(0, (5,), torch.float32)
+    arena.close()
+    for call in (
+        lambda: arena.tensor(0, (5,), torch.float32),
+        lambda: arena.tensor(0, (0,), torch.float32),
+        lambda: arena.prefetch(0, 5, 0),
+        lambda: arena.advise(0, 5, Advice.SET_ACCESSED_BY, 0),
+        lambda: arena.location(0, 5),
+    ):
+        with pytest.raises(ValueError, match="this arena is closed; an open one is needed"):
+            call()
+    assert arena.closed
+    del kept
+
+
+def test_a_view_of_closed_memory_is_refused(cuda):
+    """As when another thread closes the arena between the check and the tensor."""
+    arena = made(cuda)
+    arena.close()
+    with pytest.raises(ValueError, match="closed to new tensors"):
+        View(arena._memory)
+
+
+def test_what_torch_is_given_on_a_gpu_describes_the_bytes(cuda):
+    """The interface's version 3, as numba defines it: https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html"""
+    with made(cuda) as arena:
+        array = CudaArray(4096, 100, View(arena._memory))
+        assert array.__cuda_array_interface__ == {
+            "version": 3,
+            "data": (4096, False),
+            "shape": (100,),
+            "typestr": "|u1",
+            "strides": None,
+            "stream": None,
+        }
+        assert arena._memory.views == 1
+        del array
+        assert arena._memory.views == 0
+
+
+def test_torch_holds_on_to_what_it_is_given_on_a_gpu(cuda, monkeypatch):
+    """Without a GPU `as_tensor` is played by what torch does with one: look at the address, keep the object."""
+
+    def as_tensor(array, device):
+        address, _ = array.__cuda_array_interface__["data"]
+        (nbytes,) = array.__cuda_array_interface__["shape"]
+        over = (ctypes.c_uint8 * nbytes).from_address(address)
+        over.kept = array
+        return torch.frombuffer(over, dtype=torch.uint8)
+
+    monkeypatch.setattr(arena_module.torch, "as_tensor", as_tensor)
+    monkeypatch.setattr(arena_module, "current", lambda device: contextlib.nullcontext())
+    arena = made(cuda)
+    arena.device = torch.device("cuda", 0)
+    tensor = arena.tensor(256, (2, 3), torch.float32)
+    assert (tensor.shape, tensor.dtype) == ((2, 3), torch.float32)
+    arena.close()
+    assert cuda.report().live == 1
+    del tensor
+    assert cuda.report().live == 0
+
+
+# The end
+
+
+def test_memory_is_freed_when_the_arena_closes(cuda):
+    arena = made(cuda)
+    arena.tensor(0, (5,), torch.float32).zero_()
+    assert not arena.closed
+    arena.close()
+    assert arena.closed
+    assert cuda.report().live == held(cuda.runtime, 0) == 0
+    arena.close()
+    assert len(cuda.calls("cudaFree")) == 1
+
+
+def test_memory_is_freed_after_what_the_device_still_does(cuda):
+    made(cuda).close()
+    assert [call.name for call in cuda.calls()][-2:] == ["cudaDeviceSynchronize", "cudaFree"]
+
+
+def test_memory_outlives_the_arena_for_as_long_as_a_tensor_looks_into_it(cuda):
+    with made(cuda) as arena:
+        tensor = arena.tensor(0, (4, 4), torch.float32).fill_(3)
+        column, array = tensor[:, 1], tensor.numpy()
+    assert (arena.closed, cuda.report().live, held(cuda.runtime, 0)) == (True, 1, 64 * KiB)
+    del tensor, arena
+    assert torch.equal(column, torch.full((4,), 3.0))
+    del column
+    assert array.sum() == 48
+    assert cuda.report().live == 1
+    del array
+    assert cuda.report().live == held(cuda.runtime, 0) == 0
+
+
+def test_parameters_and_gradients_keep_memory_too(cuda):
+    with made(cuda) as arena:
+        weight = torch.nn.Parameter(arena.tensor(0, (4,), torch.float32).fill_(2))
+    (weight**2).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full((4,), 4.0))
+    del weight
+    assert cuda.report().live == 0
+
+
+def test_an_arena_that_is_dropped_frees(cuda):
+    arena = made(cuda)
+    tensor = arena.tensor(0, (4,), torch.float32).fill_(2)
+    del arena
+    gc.collect()
+    assert tensor.sum() == 8
+    assert cuda.report().live == 1
+    del tensor
+    assert cuda.report().live == held(cuda.runtime, 0) == 0
+
+
+def test_an_arena_in_a_cycle_is_freed_by_the_collector(cuda):
+    gc.disable()
+    try:
+        holder: list[object] = [made(cuda)]
+        holder.append(holder)
+        del holder
+        assert cuda.report().live == 1
+        gc.collect()
+        assert cuda.report().live == 0
+    finally:
+        gc.enable()
+
+
+def test_an_error_inside_with_closes_too(cuda):
+    with pytest.raises(KeyError), made(cuda):
+        raise KeyError
+    assert cuda.report().live == 0
+
+
+@pytest.mark.parametrize("name", ["cudaFree", "cudaDeviceSynchronize"])
+def test_close_raises_what_freeing_raises_and_can_be_tried_again(cuda, name):
+    arena = made(cuda)
+    cuda.fail(name, code=1)
+    with pytest.raises(CudaError, match=f"{name} failed"):
+        arena.close()
+    assert arena.closed
+    assert held(cuda.runtime, 0) == 64 * KiB
+    arena.close()
+    assert cuda.report().live == held(cuda.runtime, 0) == 0
+
+
+def test_an_arena_whose_close_failed_is_freed_when_it_is_dropped(cuda):
+    arena = made(cuda)
+    cuda.fail("cudaFree", code=1)
+    with pytest.raises(CudaError):
+        arena.close()
+    del arena
+    assert cuda.report().live == 0
+
+
+def test_an_error_in_a_finalizer_is_logged(cuda, caplog):
+    arena = made(cuda)
+    cuda.fail("cudaFree", code=1)
+    cuda.fail("cudaDeviceSynchronize", nth=2, code=1)
+    memory = arena._memory
+    del arena
+    assert "managed memory of 65536 bytes could not be freed: cudaFree failed" in caplog.text
+    caplog.clear()
+    tensor_less = View.__new__(View)  # a view whose end is the last
+    memory.closed, memory.views, tensor_less.allocation = True, 1, memory
+    del tensor_less
+    assert "could not be freed: cudaDeviceSynchronize failed" in caplog.text
+    memory.close()
+
+
+def test_the_last_tensor_logs_an_error_of_freeing(cuda, caplog):
+    arena = made(cuda)
+    tensor = arena.tensor(0, (4,), torch.float32)
+    arena.close()
+    cuda.fail("cudaFree", code=1)
+    del tensor
+    assert "could not be freed: cudaFree failed" in caplog.text
+    arena.close()
+    assert cuda.report().live == 0
+
+
+PROGRAM = """
+import gc, os, sys, threading
+from pathlib import Path
+import torch
+from tests.standin import VERSIONS, Standin, copy
+from train.paged import allocation
+from train.paged.arena import Arena, held
+cuda = Standin(copy(VERSIONS[-1]))
+for number, ending in enumerate(sys.argv[1:]):
+    child = os.fork()
+    if not child:
+        cuda.farewell(Path(f"{number}.left"))
+        os.dup2(os.open(f"{number}.stderr", os.O_CREAT | os.O_WRONLY), 2)
+        break
+    os.waitpid(child, 0)
+else:
+    sys.exit()
+arena = Arena(65536, torch.device("cpu"), cuda.runtime)
+tensor = arena.tensor(0, (4,), torch.float32)
+exec(ending)
+"""
+
+
+def ended(folder: Path, *endings: str) -> list[tuple[str, str]]:
+    """What is left by a process that makes an arena and a tensor and ends so, and what it says on stderr.
+
+    Left are "a b c": a allocations of b, after c wrong frees. The processes are forks of one that has imported torch,
+    which would take longest.
+    """
+    command = [sys.executable, "-c", PROGRAM, *endings]
+    subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=120)
+    return [((folder / f"{n}.left").read_text(), (folder / f"{n}.stderr").read_text()) for n in range(len(endings))]
+
+
+@needs_fork
+def test_the_end_of_the_process_frees_what_nobody_looks_into(tmp_path):
+    endings = (
+        "del tensor",
+        "arena.close(); del tensor",
+        "del tensor; torch.kept = arena",  # in a module that goes after most others
+        "del tensor; arena.itself = arena; del arena",
+        "del tensor; sys.exit(3)",
+        "del tensor; threading.Thread(target=lambda: arena.tensor(0, (4,), torch.float32).sum()).start()",
+    )
+    for ending, found in zip(endings, ended(tmp_path, *endings), strict=True):
+        assert found == ("0 1 0\n", ""), ending
+
+
+@needs_fork
+def test_the_end_of_the_process_takes_no_memory_from_a_tensor(tmp_path):
+    """A thread or another handler may still read it. The memory goes with the process."""
+    endings = ("", "arena.close()", "torch.kept = tensor; del arena")
+    for ending, found in zip(endings, ended(tmp_path, *endings), strict=True):
+        assert found == ("1 1 0\n", ""), ending
+
+
+@needs_fork
+def test_a_forked_child_frees_nothing(tmp_path):
+    ending = """
+assert held(cuda.runtime, 0) == 65536
+child = os.fork()
+if not child:
+    cuda.farewell(Path("child"))
+    assert held(cuda.runtime, 0) == 0
+    arena.close()
+    del tensor
+    arena.close()
+    del arena
+    gc.collect()
+    assert not cuda.calls("cudaFree", "cudaDeviceSynchronize"), cuda.calls()
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+tensor.fill_(2)
+assert tensor.sum() == 8
+assert held(cuda.runtime, 0) == 65536
+del tensor
+"""
+    assert ended(tmp_path, ending) == [("0 1 0\n", "")]
+    assert (tmp_path / "child").read_text() == "1 1 0\n"
+
+
+@needs_fork
+def test_a_child_forked_while_another_thread_counts_does_not_hang(tmp_path):
+    ending = """
+del tensor
+taken, done = threading.Event(), threading.Event()
+def hold():
+    with allocation._lock:
+        taken.set()
+        done.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+taken.wait()
+child = os.fork()
+if not child:
+    held(cuda.runtime, 0)
+    os._exit(0)
+done.set()
+thread.join()
+assert os.waitpid(child, 0)[1] == 0
+"""
+    assert ended(tmp_path, ending) == [("0 1 0\n", "")]
+
+
+def test_threads_that_drop_their_tensors_together_free_once(cuda):
+    for _ in range(20):
+        arena = made(cuda)
+        tensors = [[arena.tensor(0, (4,), torch.float32) for _ in range(20)] for _ in range(4)]
+        start = threading.Barrier(5)
+
+        def drop(own: list[torch.Tensor], start: threading.Barrier = start) -> None:
+            start.wait()
+            while own:
+                own.pop()
+
+        threads = [threading.Thread(target=drop, args=(own,)) for own in tensors]
+        for thread in threads:
+            thread.start()
+        start.wait()
+        arena.close()
+        for thread in threads:
+            thread.join()
+        assert arena._memory.views == 0
+    report = cuda.report()
+    assert (report.live, report.allocations, report.freed_twice) == (0, 20, 0)
+    assert held(cuda.runtime, 0) == 0
+
+
+@pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy], ids=["pickle", "copy", "deepcopy"])
+def test_an_arena_is_neither_pickled_nor_copied(cuda, how):
+    with made(cuda) as arena, pytest.raises(TypeError, match="neither pickled nor copied: save the state_dict"):
+        how(arena)
+
+
+# Places
+
+
+def test_ranges_are_prefetched_and_advised_where_they_are(cuda):
+    with made(cuda) as arena:
+        arena.prefetch(8 * KiB, 24 * KiB, 0, stream=5)
+        arena.advise(4 * KiB, 6 * KiB, Advice.SET_PREFERRED_LOCATION, CPU)
+        prefetch, advise = cuda.calls("cudaMemPrefetchAsync", "cudaMemAdvise")
+        assert (prefetch.offset, prefetch.size, prefetch.location, prefetch.stream) == (8 * KiB, 16 * KiB, 0, 5)
+        assert (advise.offset, advise.size, advise.location, advise.detail) == (4 * KiB, 2 * KiB, CPU, 3)
+        assert arena.location(8 * KiB, 24 * KiB) == 0
+        assert arena.location(0, 64 * KiB) == NOWHERE
+        arena.prefetch(0, 64 * KiB, CPU)
+        assert arena.location(0, 64 * KiB) == CPU
+
+
+def test_an_empty_range_is_left_alone(cuda):
+    with made(cuda) as arena:
+        before = len(cuda.calls())
+        arena.prefetch(8, 8, 0)
+        arena.advise(64 * KiB, 64 * KiB, Advice.SET_ACCESSED_BY, 0)
+        assert len(cuda.calls()) == before
+        with pytest.raises(ValueError, match="at least one byte"):
+            arena.location(8, 8)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 5), (6, 5), (0, 65537)])
+def test_a_range_lies_within_the_arena(cuda, start, stop):
+    with made(cuda) as arena:
+        for call in (
+            lambda: arena.prefetch(start, stop, 0),
+            lambda: arena.advise(start, stop, Advice.SET_ACCESSED_BY, 0),
+            lambda: arena.location(start, stop),
+        ):
+            with pytest.raises(ValueError, match=rf"within 0..65536, unlike {start}..{stop}"):
+                call()
+
+
+def test_evicted_states_come_back_with_a_prefetch_to_either_side():
+    """What activations do to paged states, and what a forgotten prefetch looks like over the stand-in."""
+    with fresh(capacity=128 * KiB) as cuda, made(cuda) as arena:
+        state = arena.tensor(0, (16 * KiB,), torch.float32)
+        state.copy_(torch.arange(16 * KiB))
+        arena.prefetch(0, 64 * KiB, 0)
+        assert cuda.report().resident_bytes == 64 * KiB
+        cuda.spike(96 * KiB)
+        assert cuda.report().resident_bytes == 32 * KiB
+        assert state[: 8 * KiB].isnan().all()
+        assert torch.equal(state[8 * KiB :], torch.arange(8 * KiB, 16 * KiB).float())
+        cuda.spike(0)
+        arena.prefetch(0, 16 * KiB, 0)
+        arena.prefetch(16 * KiB, 32 * KiB, CPU)
+        assert [cuda.state(state.data_ptr() + page) for page in (0, 16 * KiB, 32 * KiB)] == [
+            ON_DEVICE,
+            ON_HOST,
+            ON_DEVICE,
+        ]
+        assert torch.equal(state, torch.arange(16 * KiB).float())
+        assert cuda.report().evictions == 8
+        del state
+
+
+# Choosing and refusing
+
+
+@pytest.mark.parametrize(("managed", "concurrent"), [(0, 0), (1, 0), (0, 1)])
+def test_a_device_that_cannot_page_gets_pinned_memory(cuda, managed, concurrent, caplog):
+    cuda.attributes(managed=managed, concurrent=concurrent)
+    with made(cuda) as arena, made(cuda) as other:
+        assert arena.kind == other.kind == "pinned"
+        arena.tensor(0, (4,), torch.float32).fill_(2)
+        arena.prefetch(0, 64 * KiB, 0)
+        arena.advise(0, 64 * KiB, Advice.SET_PREFERRED_LOCATION, CPU)
+        assert arena.location(0, 64 * KiB) == CPU
+        assert held(cuda.runtime, 0) == 0
+    names = {call.name for call in cuda.calls()}
+    assert {"cudaMallocHost", "cudaFreeHost"} <= names
+    assert not names & {"cudaMallocManaged", "cudaFree", "cudaMemPrefetchAsync", "cudaMemAdvise"}
+    assert caplog.text.count("pinned host memory instead of managed memory for device 0: it cannot move") == 1
+
+
+def test_managed_memory_that_is_not_supported_is_pinned_instead(cuda, caplog):
+    cuda.fail("cudaMallocManaged", code=801)
+    with made(cuda) as arena:
+        assert arena.kind == "pinned"
+        assert held(cuda.runtime, 0) == 0
+    assert (
+        "instead of managed memory for device 0: cudaMallocManaged(65,536 bytes) failed: operation not" in caplog.text
+    )
+
+
+def test_pinned_memory_needs_no_room_on_the_device(caplog):
+    with fresh(capacity=16 * KiB) as cuda:
+        cuda.attributes(concurrent=0)
+        made(cuda).close()
+
+
+def test_more_than_the_device_has_free_is_refused_in_figures():
+    with fresh(capacity=8 * MiB) as cuda:
+        cuda.spike(2 * MiB)
+        with made(cuda, 4 * MiB) as first:
+            assert held(cuda.runtime, 0) == 4 * MiB
+            expected = (
+                r"3.0 MiB of managed memory, with 4.0 MiB held already, exceed the 6.0 MiB free on device 0: .*"
+                "allow_oversubscription=True"
+            )
+            with pytest.raises(RuntimeError, match=expected):
+                made(cuda, 3 * MiB)
+            assert held(cuda.runtime, 0) == 4 * MiB
+            assert len(cuda.calls("cudaMallocManaged")) == 1
+            first.close()
+            made(cuda, 3 * MiB).close()
+        cuda.spike(0)
+
+
+def test_exactly_what_is_free_is_given():
+    with fresh(capacity=8 * MiB) as cuda:
+        made(cuda, 8 * MiB).close()
+        with pytest.raises(RuntimeError, match="exceed"):
+            made(cuda, 8 * MiB + 1)
+
+
+def test_oversubscription_is_allowed_on_request_and_logged_once_an_arena(caplog):
+    with fresh(capacity=MiB) as cuda:
+        with made(cuda, 3 * MiB, allow_oversubscription=True), made(cuda, MiB, allow_oversubscription=True):
+            assert held(cuda.runtime, 0) == 4 * MiB
+        records = [record for record in caplog.records if "moves over the bus at every step" in record.message]
+        assert [record.levelno for record in records] == [logging.WARNING] * 2
+        assert "3.0 MiB of managed memory, with 0.0 MiB held already, exceed the 1.0 MiB free" in records[0].message
+
+
+def test_what_fits_is_not_logged(cuda, caplog):
+    made(cuda, allow_oversubscription=True).close()
+    assert not caplog.records
+
+
+def test_devices_and_runtimes_are_counted_apart(cuda):
+    with fresh() as other, made(cuda):
+        assert held(other.runtime, 0) == held(cuda.runtime, 1) == 0
+
+
+def test_refusals_of_an_arena_say_the_rule(cuda):
+    with pytest.raises(ValueError, match="an arena's size in bytes must be positive, not 0"):
+        made(cuda, 0)
+    with pytest.raises(ValueError, match=r"an arena is for a cuda device, .* not for meta"):
+        Arena(5, torch.device("meta"), cuda.runtime)
+    assert not cuda.calls("cudaMallocManaged")
+
+
+STEPS = (
+    "cudaDeviceGetAttribute",
+    "cudaMemGetInfo",
+    "cudaMallocManaged",
+    "cudaMemAdvise",
+    "cudaMemPrefetchAsync",
+    "cudaMemRangeGetAttribute",
+    "cudaDeviceSynchronize",
+    "cudaFree",
+)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_whichever_call_fails_nothing_is_lost(cuda, name):
+    def use() -> None:
+        with made(cuda) as arena:
+            state = arena.tensor(0, (16,), torch.float32).fill_(2)
+            arena.advise(0, 64 * KiB, Advice.SET_PREFERRED_LOCATION, CPU)
+            arena.prefetch(0, 64 * KiB, 0)
+            arena.location(0, 64 * KiB)
+            assert state.sum() == 32
+            del state  # with it alive, freeing would not be the end of `with`
+
+    use()
+    assert {call.name for call in cuda.calls()} == {*STEPS, "cudaRuntimeGetVersion"}
+    nth = 2 if name == "cudaDeviceGetAttribute" else 1
+    for failing in range(1, nth + 1):
+        cuda.fail(name, nth=failing)
+        with pytest.raises(CudaError, match=rf"^{name}\b") as caught:
+            use()
+        caught.value.__traceback__ = None  # it holds the arena
+        del caught
+        gc.collect()
+        assert cuda.report().live == held(cuda.runtime, 0) == 0
+        assert cuda.last_error() == 0
+    use()
+
+
+def test_pinned_memory_that_cannot_be_had_leaves_nothing(cuda):
+    cuda.attributes(concurrent=0)
+    cuda.fail("cudaMallocHost")
+    with pytest.raises(CudaError, match=r"cudaMallocHost\(65,536 bytes\) failed: out of memory"):
+        made(cuda)
+    arena = made(cuda)
+    cuda.fail("cudaFreeHost", code=1)
+    with pytest.raises(CudaError, match="cudaFreeHost failed"):
+        arena.close()
+    arena.close()
+    assert cuda.report().live == 0
+
+
+# Any order of events
+
+
+class Lifetimes(RuleBasedStateMachine):
+    """Arenas and tensors made, filled, moved, closed and dropped in any order: each tensor keeps its values.
+
+    Drawn are indices, since hypothesis keeps what it samples from alive.
+    """
+
+    @initialize(version=st.sampled_from(VERSIONS), pages=st.booleans())
+    def begin(self, version: int, pages: bool) -> None:
+        self.end_of_test = contextlib.ExitStack()
+        self.cuda = self.end_of_test.enter_context(fresh(version, capacity=MiB))
+        self.cuda.attributes(concurrent=int(pages))
+        self.pages = pages
+        self.arenas: list[Arena] = []
+        self.tensors: list[tuple[torch.Tensor, int]] = []  # each with the one number it is full of
+        self.fills = 0
+
+    @rule(pages=st.integers(1, 8))
+    def allocate(self, pages: int) -> None:
+        self.arenas.append(Arena(pages * 4 * KiB, HOST, self.cuda.runtime))
+
+    @precondition(lambda self: self.arenas)
+    @rule(data=st.data())
+    def look(self, data: st.DataObject) -> None:
+        arena = self.arenas[data.draw(st.integers(0, len(self.arenas) - 1), "arena")]
+        if arena.closed:
+            return
+        if any(t.untyped_storage().data_ptr() - arena._memory.pointer in range(arena.nbytes) for t, _ in self.tensors):
+            return  # tensors of one test do not overlap
+        size = data.draw(st.integers(1, arena.nbytes // 4), "size")
+        offset = 4 * data.draw(st.integers(0, arena.nbytes // 4 - size), "offset")
+        self.fills += 1
+        tensor = arena.tensor(offset, (size,), torch.float32).fill_(self.fills)
+        self.tensors.append((tensor, self.fills))
+
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data())
+    def look_again(self, data: st.DataObject) -> None:
+        tensor, value = self.tensors[data.draw(st.integers(0, len(self.tensors) - 1), "tensor")]
+        self.tensors.append((tensor[: len(tensor) // 2 + 1].detach(), value))
+
+    @precondition(lambda self: self.arenas)
+    @rule(data=st.data(), location=st.sampled_from([0, CPU]))
+    def prefetch(self, data: st.DataObject, location: int) -> None:
+        arena = self.arenas[data.draw(st.integers(0, len(self.arenas) - 1), "arena")]
+        if not arena.closed:
+            arena.prefetch(0, arena.nbytes, location)
+
+    @precondition(lambda self: self.arenas)
+    @rule(data=st.data(), fails=st.booleans())
+    def close(self, data: st.DataObject, fails: bool) -> None:
+        arena = self.arenas[data.draw(st.integers(0, len(self.arenas) - 1), "arena")]
+        frees = not arena._memory.views and arena._memory.pointer
+        if fails and frees:
+            self.cuda.fail("cudaFree" if arena.kind == "managed" else "cudaFreeHost", code=1)
+            with pytest.raises(CudaError):
+                arena.close()
+        arena.close()
+        arena.close()
+
+    @precondition(lambda self: self.arenas)
+    @rule(data=st.data())
+    def drop_arena(self, data: st.DataObject) -> None:
+        self.arenas.pop(data.draw(st.integers(0, len(self.arenas) - 1), "arena"))
+
+    @precondition(lambda self: self.tensors)
+    @rule(data=st.data())
+    def drop_tensor(self, data: st.DataObject) -> None:
+        self.tensors.pop(data.draw(st.integers(0, len(self.tensors) - 1), "tensor"))
+
+    @precondition(lambda self: self.arenas)
+    @rule(data=st.data())
+    def drop_arena_in_a_cycle(self, data: st.DataObject) -> None:
+        cycle: list[object] = [self.arenas.pop(data.draw(st.integers(0, len(self.arenas) - 1), "arena"))]
+        cycle.append(cycle)
+        del cycle
+        gc.collect(1)
+
+    @invariant()
+    def check(self) -> None:
+        for tensor, value in self.tensors:
+            assert (tensor == value).all()
+        needed = {t.untyped_storage().data_ptr() for t, _ in self.tensors} if self.tensors else set()
+        report = self.cuda.report()
+        assert not report.mistakes
+        open_arenas = sum(not arena.closed for arena in self.arenas)
+        assert open_arenas <= report.live <= open_arenas + len(needed)
+        assert held(self.cuda.runtime, 0) == (report.live_bytes if self.pages else 0)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "cuda"):
+            return
+        self.check()
+        for arena in self.arenas:
+            arena.close()
+        self.check()
+        self.arenas.clear()
+        self.tensors.clear()
+        self.end_of_test.close()
+        assert held(self.cuda.runtime, 0) == 0
+
+
+Lifetimes.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestLifetimes = Lifetimes.TestCase
