@@ -13,7 +13,9 @@ from torch import Tensor
 
 import kernels
 import nf4
-from kernels import reference
+from kernels import dispatch, reference
+from kernels import updates as definitions
+from kernels.updates import STATE_BLOCK, AdamWNumbers, LionNumbers
 from nf4 import QuantizedTensor
 
 SMALL = ((1, 192, 256), (3, 576, 1536), (48, 320, 576))  # (M, N, K)
@@ -28,6 +30,7 @@ def check(device: str, shapes: Iterable[tuple[int, int, int]] | None = None) -> 
         for dtype in (torch.bfloat16, torch.float16):
             about = {"dtype": str(dtype).removeprefix("torch."), "shape": [M, N, K]}
             rows += [row | about for row in layers(M, N, K, dtype, device)]
+            rows += [row | about for row in updates(N, K, dtype, device)]
             for config in (nf4.QuantConfig(), nf4.QuantConfig("int4", 128, double_quant=False)):
                 stored = about | {"codebook": config.codebook, "block_size": config.block_size}
                 rows += [row | stored for row in products(M, N, K, dtype, config, device)]
@@ -121,6 +124,57 @@ def layers(M: int, N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[
             outcomes.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
         for i, three in enumerate(zip(*outcomes, strict=True)):
             yield close(f"{name} {'y' if i == 0 else f'gradient {i}'}", *three)
+
+
+def updates(N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[dict[str, Any]]:
+    """What three steps of each optimizer make of a LoRA pair and two vectors: bit for bit the definition's on a CPU.
+
+    AdamW is held to float64 too, beside torch's own AdamW, whose states have the parameter's dtype.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (RANK * K, N * RANK, N, K + 1)
+
+    def random() -> list[Tensor]:
+        return [torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes]
+
+    start, steps = random(), [random() for _ in range(3)]
+    lr, betas, eps, decay = 1e-3, (0.9, 0.999), 1e-8, 0.01
+    for operator in ("adamw", "adamw_8bit", "lion"):
+        outcomes = []
+        for on in (device, "cpu"):
+            params = [p.to(on, copy=True) for p in start]
+            states = zero_states(operator, params)
+            for step, grads in enumerate(steps, start=1):
+                n = AdamWNumbers.of(step, lr, betas, eps, decay)
+                numbers = [LionNumbers(betas[0], betas[1], lr, n.decay) if operator == "lion" else n] * len(sizes)
+                grads = [g.to(on) for g in grads]
+                form = getattr(definitions, operator)
+                if on is device:
+                    form = dispatch.form(operator, params[0].device, params, grads)
+                form(params, grads, *states, numbers)
+            outcomes.append([tensor for tensors in (params, *states) for tensor in tensors])
+        yield exact(operator, [tensor.cpu() for tensor in outcomes[0]], outcomes[1])
+
+        if operator == "adamw":
+            others = []
+            for to in (dtype, torch.float64):
+                params = [p.to(to, copy=True).requires_grad_() for p in start]
+                optimizer = torch.optim.AdamW(params, lr, betas, eps, decay)
+                for grads in steps:
+                    for p, g in zip(params, grads, strict=True):
+                        p.grad = g.to(to)
+                    optimizer.step()
+                others.append(torch.cat(params).detach())
+            yield close("adamw against torch's", torch.cat(outcomes[0][: len(sizes)]), *others)
+
+
+def zero_states(operator: str, params: list[Tensor]) -> list[list[Tensor]]:
+    """An operator's states before the first step."""
+    zeros = [torch.zeros(p.shape, device=p.device) for p in params]
+    if operator != "adamw_8bit":
+        return [[z.clone() for z in zeros] for _ in range(2 if operator == "adamw" else 1)]
+    pairs = [[nf4.quantize_dynamic(z, STATE_BLOCK, signed) for z in zeros] for signed in (True, False)]
+    return [[pair[i] for pair in kind] for kind in pairs for i in (0, 1)]
 
 
 def exact(name: str, ours: list[Tensor], expected: list[Tensor]) -> dict[str, Any]:
