@@ -21,6 +21,7 @@ from nf4 import QuantizedTensor
 SMALL = ((1, 192, 256), (3, 576, 1536), (48, 320, 576))  # (M, N, K)
 LARGE = ((8, 11008, 4096), (16, 4096, 4096), (64, 4096, 4096), (300, 1536, 576), (1024, 4096, 11008))
 RANK, SCALING, DROPOUT, SEED = 16, 0.5, 0.1, 1234567890123
+LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 
 
 def check(device: str, shapes: Iterable[tuple[int, int, int]] | None = None) -> list[dict[str, Any]]:
@@ -129,7 +130,7 @@ def layers(M: int, N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[
 def updates(N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[dict[str, Any]]:
     """What three steps of each optimizer make of a LoRA pair and two vectors: bit for bit the definition's on a CPU.
 
-    AdamW is held to float64 too, beside torch's own AdamW, whose states have the parameter's dtype.
+    AdamW in float32 is held to float64 too, beside torch's own.
     """
     generator = torch.Generator(device).manual_seed(0)
     sizes = (RANK * K, N * RANK, N, K + 1)
@@ -138,34 +139,35 @@ def updates(N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[dict[st
         return [torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes]
 
     start, steps = random(), [random() for _ in range(3)]
-    lr, betas, eps, decay = 1e-3, (0.9, 0.999), 1e-8, 0.01
     for operator in ("adamw", "adamw_8bit", "lion"):
-        outcomes = []
-        for on in (device, "cpu"):
-            params = [p.to(on, copy=True) for p in start]
-            states = zero_states(operator, params)
-            for step, grads in enumerate(steps, start=1):
-                n = AdamWNumbers.of(step, lr, betas, eps, decay)
-                numbers = [LionNumbers(betas[0], betas[1], lr, n.decay) if operator == "lion" else n] * len(sizes)
-                grads = [g.to(on) for g in grads]
-                form = getattr(definitions, operator)
-                if on is device:
-                    form = dispatch.form(operator, params[0].device, params, grads)
-                form(params, grads, *states, numbers)
-            outcomes.append([tensor for tensors in (params, *states) for tensor in tensors])
-        yield exact(operator, [tensor.cpu() for tensor in outcomes[0]], outcomes[1])
+        ours = stepped(operator, start, steps)
+        defined = stepped(operator, [p.cpu() for p in start], [[g.cpu() for g in grads] for grads in steps], True)
+        yield exact(operator, [tensor.cpu() for tensor in ours], defined)
 
-        if operator == "adamw":
-            others = []
-            for to in (dtype, torch.float64):
-                params = [p.to(to, copy=True).requires_grad_() for p in start]
-                optimizer = torch.optim.AdamW(params, lr, betas, eps, decay)
-                for grads in steps:
-                    for p, g in zip(params, grads, strict=True):
-                        p.grad = g.to(to)
-                    optimizer.step()
-                others.append(torch.cat(params).detach())
-            yield close("adamw against torch's", torch.cat(outcomes[0][: len(sizes)]), *others)
+    ours = stepped("adamw", [p.float() for p in start], steps)[: len(sizes)]
+    torchs = []
+    for to in (torch.float32, torch.float64):
+        params = [p.to(to, copy=True).requires_grad_() for p in start]
+        optimizer = torch.optim.AdamW(params, LR, BETAS, EPS, DECAY)
+        for grads in steps:
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.to(to)
+            optimizer.step()
+        torchs.append(torch.cat(params).detach())
+    yield close("adamw in float32", torch.cat(ours), *torchs)
+
+
+def stepped(operator: str, start: list[Tensor], steps: list[list[Tensor]], by_definition: bool = False) -> list[Tensor]:
+    """Parameters and states after some steps, by the form that is for their device, or by the definition."""
+    params = [p.clone() for p in start]
+    states = zero_states(operator, params)
+    for step, grads in enumerate(steps, start=1):
+        n = AdamWNumbers.of(step, LR, BETAS, EPS, DECAY)
+        numbers = [LionNumbers(*BETAS, LR, n.decay) if operator == "lion" else n] * len(params)
+        form = dispatch.form(operator, params[0].device, params, grads)
+        form = getattr(definitions, operator) if by_definition else form
+        form(params, grads, *states, numbers)
+    return [tensor for tensors in (params, *states) for tensor in tensors]
 
 
 def zero_states(operator: str, params: list[Tensor]) -> list[list[Tensor]]:

@@ -34,7 +34,7 @@ def measure(device: str, repeats: int, sets: Mapping[str, Sequence[int]] | None 
         times = interleaved(contestants, repeats, lambda work: stopwatch(finished(work, device)))
         milliseconds = {who: timing.median * 1000 for who, timing in times.items()}
         for update in UPDATES:
-            row = {"case": f"{name}, {update}", "elements": sum(sizes), "tensors": len(sizes)}
+            row: dict[str, Any] = {"case": f"{name}, {update}", "elements": sum(sizes), "tensors": len(sizes)}
             for who in ("ours", "torch_foreach", "torch_fused", "bitsandbytes"):
                 row[f"{who}_ms"] = milliseconds.get(f"{who} {update}")
             rows.append(row | {"state_bytes": state_bytes[update]})
@@ -65,7 +65,7 @@ def contest(sizes: Sequence[int], device: torch.device) -> tuple[dict[str, Calla
     contestants = {f"ours {update}": ours(update) for update in UPDATES}
     options: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
     for how in ("foreach", "fused"):
-        contestants[f"torch_{how} AdamW"] = torch.optim.AdamW(params, **options, **{how: True}).step
+        contestants[f"torch_{how} AdamW"] = torch.optim.AdamW(params, **(options | {how: True})).step
     if importlib.util.find_spec("bitsandbytes"):
         optim = importlib.import_module("benchmarks.peer").bitsandbytes.optim
         contestants["bitsandbytes AdamW"] = optim.AdamW32bit(params, **options).step
