@@ -63,13 +63,16 @@ def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict
     return {
         "correctness": checked,
         "kernels": lambda: {"rows": kernels.measure(device, sizes, repeats, tokens, lora_tokens), "failures": []},
+        "updates": lambda: {
+            "rows": updates.measure(device, repeats, {"few": [300]} if quick else None),
+            "failures": [],
+        },
         "training": lambda: {
             "rows": training.measure(setting, repeats=repeats),
             "setting": training.described(setting),
             "failures": [],
         },
         "memory": lambda: {"rows": memory.measure(setting), "failures": []},
-        "updates": lambda: {"rows": updates.measure(device, repeats), "failures": []},
         **({"paged": lambda: paged.measure(device, repeats)} if device == "cuda" else {}),
     }
 

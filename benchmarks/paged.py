@@ -53,7 +53,7 @@ def claims(optimizer: FusedOptimizer, other: FusedOptimizer, runtime: Runtime) -
     assert isinstance(arena, Arena)
     state = optimizer.state[next(iter(optimizer.state))]["exp_avg"]
     kind = runtime.pointer_kind(state.data_ptr()).kind
-    told = [("states are in managed memory", {"found": kind, "holds": kind == "managed"})]
+    told: list[tuple[str, Row]] = [("states are in managed memory", {"found": kind, "holds": kind == "managed"})]
 
     device = state.device.index or 0
     for move, expected in ((optimizer.evict, CPU), (optimizer.prefetch, device), (optimizer.evict, CPU)):
