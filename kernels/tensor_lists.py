@@ -94,7 +94,7 @@ def in_order(n: Numbers) -> tuple[float, ...]:
     return (*betas, n.lr, 0.0, 0.0, n.decay)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=1024)  # a window of paged states each, and one too few would make all of them anew at every step
 def tiles(sizes: tuple[int, ...], tile: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which row of the table each program of a launch works on, and on which tile of that tensor; both int32."""
     with torch.inference_mode(False), torch.device("cpu"):

@@ -410,7 +410,7 @@ def test_a_closed_optimizer_is_of_no_use(use):
 
 
 def test_a_paged_optimizer_without_a_gpu_says_so_once(caplog):
-    from train.paged.fused import say_unpaged
+    from train.paged.memory import say_unpaged
 
     say_unpaged.cache_clear()
     plain, paged, again = (cls(parameters(), lr=1e-2) for cls in (AdamW, PagedAdamW, PagedAdamW))

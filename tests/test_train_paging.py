@@ -91,7 +91,7 @@ def test_the_poison_of_evicted_states_would_show():
     standin.spike(2**30)
     state = ours.state[ours.param_groups[0]["params"][0]]["exp_avg"]
     assert standin.state(state.data_ptr()) == EVICTED
-    ours.pager = None
+    ours.store.pager = None
     assert not equal(steps(ours, 1, start=2), theirs.param_groups[0]["params"])
 
 

@@ -4,8 +4,8 @@ from train.paged.adamw import AdamW, AdamW8bit, PagedAdamW, PagedAdamW8bit
 from train.paged.allocation import OversubscriptionError
 from train.paged.arena import Arena
 from train.paged.cudart import CudaError, Runtime
-from train.paged.fused import Paging
 from train.paged.lion import Lion
+from train.paged.memory import Paging
 
 __all__ = [
     "AdamW",

@@ -8,7 +8,8 @@ import torch
 
 from kernels.updates import STATE_BLOCK, AdamWNumbers
 from nf4 import dequantize_dynamic, quantize_dynamic
-from train.paged.fused import FusedOptimizer, Paging
+from train.paged.fused import FusedOptimizer
+from train.paged.memory import Paging
 from train.paged.store import Slot
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}  # which dynamic map holds a state in 8 bits

@@ -9,11 +9,9 @@ matrices, so that a rule by tensor would page next to none of them.
 What is computed does not depend on any of that, bit for bit.
 """
 
-import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -21,31 +19,10 @@ from torch import Tensor
 
 from kernels.dispatch import form
 from kernels.updates import PARAMETER_DTYPES
-from train.paged import libraries
-from train.paged.arena import Arena
-from train.paged.cudart import Runtime
-from train.paged.pager import Pager
-from train.paged.store import Memory, Ordinary, Piece, Slot, Store
-
-log = logging.getLogger(__name__)
+from train.paged.memory import Paging
+from train.paged.store import Piece, Slot, Store
 
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Paging:
-    """That states are to be in managed memory, and how."""
-
-    allow_oversubscription: bool = False
-    """Allocate even if the device could not hold all managed memory at once."""
-    window_bytes: int = 64 * 2**20
-    """States that are prefetched and updated together."""
-    runtime: Runtime | None = None
-    """The CUDA runtime to allocate with; by default the one that torch uses. It is not pickled."""
-
-    def __post_init__(self) -> None:
-        if self.window_bytes < 1:
-            raise ValueError(f"window_bytes must be at least 1, not {self.window_bytes}")
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -59,8 +36,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any], paging: Paging | None = None) -> None:
         self.paging = paging
         self.store: Store | None = None
-        self.pager: Pager | None = None
-        self.members: dict[Tensor, int] = {}
         self.closed = False
         super().__init__(params, defaults)
 
@@ -94,46 +69,38 @@ class FusedOptimizer(torch.optim.Optimizer):
         for p, _ in given:
             check_gradient(p)
         if given:
-            self.cover(p for p, _ in given)
+            self.cover([p for p, _ in given])
             self.update(given)
         return loss
 
     def update(self, given: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
         """Make a step for parameters that the store covers."""
         assert self.store is not None
-        flats: dict[int, tuple[Tensor, Tensor, tuple[float, ...]]] = {}
-        scattered: list[tuple[Tensor, Tensor]] = []  # parameters that are not contiguous, with their copies
-        known: dict[tuple[int, int], tuple[float, ...]] = {}
+        flats: dict[Tensor, tuple[Tensor, Tensor, tuple[float, ...]]] = {}
+        numbers: dict[tuple[int, int], tuple[float, ...]] = {}  # of a group in a step
         for p, group in given:
-            index = self.members[p]
-            if p not in self.state:
-                self.state[p] = {"step": torch.zeros(()), **self.store.states(index)}
-            step = int(self.state[p]["step"]) + 1
-            self.state[p]["step"].fill_(step)
-            if (id(group), step) not in known:
-                known[id(group), step] = self.numbers(group, step)
-            flat = p.detach().contiguous().view(-1)
-            if not p.is_contiguous():
-                scattered.append((p, flat))
+            state = self.state[p]
+            if not state:
+                state |= {"step": torch.zeros(()), **self.store.states(p)}
+            step = int(state["step"]) + 1
+            state["step"].fill_(step)
+            key = id(group), step
+            if key not in numbers:
+                numbers[key] = self.numbers(group, step)
             assert p.grad is not None
-            flats[index] = (flat, p.grad.detach().contiguous().view(-1), known[id(group), step])
+            flats[p] = (p.contiguous().view(-1), p.grad.contiguous().view(-1), numbers[key])
 
-        for pieces in self.visited():
-            here = [(piece, *flats[piece.index]) for piece in pieces if piece.index in flats]
+        for pieces in self.store.visit():
+            here = [(piece, *flats[piece.parameter]) for piece in pieces if piece.parameter in flats]
             if here:
                 params = [part(piece, flat) for piece, flat, _, _ in here]
                 grads = [part(piece, grad) for piece, _, grad, _ in here]
                 states = zip(*(piece.states for piece, *_ in here), strict=True)
                 operator = form(self.operator, params[0].device, params, grads)
-                operator(params, grads, *map(list, states), [numbers for *_, numbers in here])
-        for p, flat in scattered:
-            p.copy_(flat.view(p.shape))
-
-    def visited(self) -> Iterator[list[Piece]]:
-        """The pieces of each window, when their states may be touched."""
-        assert self.store is not None
-        for window in self.pager.visit() if self.pager else range(len(self.store.windows)):
-            yield self.store.pieces[window]
+                operator(params, grads, *map(list, states), [n for *_, n in here])
+        for p, (flat, *_) in flats.items():
+            if not p.is_contiguous():
+                p.copy_(flat.view(p.shape))
 
     # Where states are
 
@@ -145,7 +112,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def state_bytes(self) -> int:
         """Bytes of memory that states take."""
-        return self.store.nbytes if self.store else 0
+        return self.store.memory.nbytes if self.store else 0
 
     @property
     def managed_bytes(self) -> int:
@@ -154,73 +121,40 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def evict(self) -> None:
         """Move paged states to the CPU now, before something large that needs no step, such as an evaluation."""
-        if self.pager:
-            self.pager.evict()
+        if self.store and self.store.pager:
+            self.store.pager.evict()
 
     def prefetch(self) -> None:
         """Move paged states to the device now; a step does so by itself."""
-        if self.pager:
-            self.pager.prefetch()
+        if self.store and self.store.pager:
+            self.store.pager.prefetch()
 
-    def cover(self, params: Iterable[Tensor]) -> None:
+    def cover(self, params: Sequence[Tensor]) -> None:
         """Have a store with room for these parameters and all that may get a gradient; states that are there stay."""
-        params = list(params)
-        device = params[0].device
-        if self.fits(params, device):
+        if self.store is not None and self.store.covers(params):
             return
         wanted = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        covered = list(dict.fromkeys([*wanted, *params, *self.state]))
-        devices = sorted({str(p.device) for p in covered})
-        if len(devices) > 1:
-            raise ValueError(f"the parameters of a {type(self).__name__} must be on one device, not on {devices}")
-        store, pager = self.allocated([p.shape for p in covered], device)
-        members = {p: index for index, p in enumerate(covered)}
+        store = self.new_store([*wanted, *params, *self.state])
         for p, state in self.state.items():
-            fill(store.states(members[p]), state)
-        self.take(store, pager, members, {p: state["step"] for p, state in self.state.items()})
+            fill(store.states(p), state)
+        self.take(store, {p: state["step"] for p, state in self.state.items()})
 
-    def take(
-        self, store: Store, pager: Pager | None, members: dict[Tensor, int], steps: Mapping[Tensor, Tensor]
-    ) -> None:
-        """Replace the store by another that holds the states already, and give the old one's memory back."""
-        old, self.store, self.pager, self.members = self.store, store, pager, members
+    def new_store(self, params: Iterable[Tensor]) -> Store:
+        return Store(type(self).__name__, list(dict.fromkeys(params)), self.slots, self.paging)
+
+    def take(self, store: Store, steps: Mapping[Tensor, Tensor]) -> None:
+        """Replace the store by one that holds the states already, and give the old one's memory back."""
+        old, self.store = self.store, store
         self.state = defaultdict(dict)
         for p, step in steps.items():
-            self.state[p] = {"step": step, **store.states(members[p])}
+            self.state[p] = {"step": step, **store.states(p)}
         if old is not None and old is not store:
             old.close()
-
-    def fits(self, params: Iterable[Tensor], device: torch.device) -> bool:
-        """Whether the present store has room for these parameters, on their device."""
-        return (
-            self.store is not None
-            and self.store.memory.device == device
-            and all(p in self.members and p.device == device for p in params)
-        )
-
-    def allocated(self, shapes: Sequence[torch.Size], device: torch.device) -> tuple[Store, Pager | None]:
-        """A new store for parameters of these shapes, and what pages it."""
-        paging = self.paging
-        if paging is not None and device.type != "cuda" and paging.runtime is None:
-            say_unpaged(type(self).__name__, device.type)
-            paging = None
-        if paging is None:
-            return Store(shapes, self.slots, lambda nbytes: Ordinary(nbytes, device)), None
-        runtime = paging.runtime or libraries.find()
-
-        def allocate(nbytes: int) -> Memory:
-            return Arena(nbytes, device, runtime, allow_oversubscription=paging.allow_oversubscription)
-
-        store = Store(shapes, self.slots, allocate, paging.window_bytes)
-        assert isinstance(store.memory, Arena)
-        windows = [store.byte_ranges(window) for window in range(len(store.windows))]
-        return store, Pager(store.memory, windows) if store.memory.kind == "managed" else None
 
     def close(self) -> None:
         """Free the states' memory now; the optimizer is of no use afterwards. Closing twice is fine."""
         self.closed = True
         self.state = defaultdict(dict)
-        self.members, self.pager = {}, None
         store, self.store = self.store, None
         if store is not None:
             store.close()
@@ -285,8 +219,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Where `load_state_dict` and unpickling meet: check, allocate, and only then change anything."""
-        fresh = {"paging": state.get("paging"), "store": None, "pager": None, "members": {}, "closed": False}
-        for name, value in fresh.items():
+        for name, value in {"paging": state.get("paging"), "store": None, "closed": False}.items():
             self.__dict__.setdefault(name, value)
         groups = state["param_groups"]
         for old, new in zip(self.__dict__.get("param_groups", groups), groups, strict=True):
@@ -299,20 +232,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         for p, s in incoming.items():
             self.check_state(positions.get(p), p, s)
 
-        store, pager, members = self.store, self.pager, self.members
+        store = self.store
         if incoming:
-            covered = list(dict.fromkeys([*(p for p in positions if p.requires_grad), *incoming]))
-            device = covered[0].device
-            if store is None or not self.fits(covered, device):
-                store, pager = self.allocated([p.shape for p in covered], device)
-                members = {p: index for index, p in enumerate(covered)}
-            else:
+            covered = [*(p for p in positions if p.requires_grad), *incoming]
+            if store is not None and store.covers(covered):
                 store.clear()
+            else:
+                store = self.new_store(covered)
             for p, s in incoming.items():
-                fill(store.states(members[p]), self.converted(s))
+                fill(store.states(p), self.converted(s))
         super().__setstate__({**state, "state": defaultdict(dict)})
         if store is not None:
-            self.take(store, pager, members, {p: torch.tensor(float(s["step"])) for p, s in incoming.items()})
+            self.take(store, {p: torch.tensor(float(s["step"])) for p, s in incoming.items()})
 
     def check_state(self, position: int | None, p: Any, state: Mapping[str, Any]) -> None:
         """Refuse a state that is not one of this optimizer for this parameter."""
@@ -376,10 +307,3 @@ def check_gradient(p: Tensor) -> None:
     assert p.grad is not None
     if p.grad.layout != torch.strided:
         raise RuntimeError(f"gradients must be dense; that of a parameter of shape {tuple(p.shape)} is {p.grad.layout}")
-
-
-@lru_cache
-def say_unpaged(name: str, device: str) -> None:
-    """Say it once: results are the same, so nobody need hear it at every step."""
-    log.warning("%s: managed memory needs a CUDA device and these parameters are on the %s, so states are in "
-                "ordinary memory; results are the same", name, device)  # fmt: skip

@@ -7,7 +7,8 @@ import torch
 
 from kernels.updates import LionNumbers
 from train.paged.adamw import check_hyperparameters
-from train.paged.fused import FusedOptimizer, Paging
+from train.paged.fused import FusedOptimizer
+from train.paged.memory import Paging
 from train.paged.store import Slot
 
 

@@ -12,7 +12,7 @@ may be smaller than one or larger, and are then updated in pieces.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from train.paged.arena import Arena
+from train.paged.memory import Paging, memory_for
+from train.paged.pager import Pager
 
 # Positions where parameters and windows may begin: whole blocks of 256 states, whose scales then lie 16 bytes apart.
 ALIGNMENT = 1024
@@ -38,111 +40,102 @@ class Slot(NamedTuple):
         """The state's shape for a parameter of this shape."""
         return tuple(shape) if self.per == 1 else (-(-prod(shape) // self.per),)
 
+    def nbytes(self, positions: int) -> int:
+        """Bytes of the entries for so many elements, a whole number of entries."""
+        return positions // self.per * self.dtype.itemsize
+
 
 class Piece(NamedTuple):
-    """Elements `start` to `stop` of the parameter with number `index`, and their states, a flat tensor per slot."""
+    """Elements `start` to `stop` of a parameter, and their states, a flat tensor per slot."""
 
-    index: int
+    parameter: Tensor
     start: int
     stop: int
     states: tuple[Tensor, ...]
 
 
-class Ordinary:
-    """Memory as torch gives it, on the parameters' own device."""
-
-    kind = "ordinary"
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.nbytes, self.device = nbytes, device
-        self.bytes: Tensor | None = torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor over the bytes from `offset` on."""
-        assert self.bytes is not None
-        return self.bytes[offset : offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-    def close(self) -> None:
-        """Let go of the memory; it is freed with the last tensor over it."""
-        self.bytes = None
-
-
-Memory = Arena | Ordinary
-
-
 class Store:
-    """The states of parameters of the given shapes, all zero at first."""
+    """The states of some parameters, which are on one device; all zero at first."""
 
-    def __init__(
-        self,
-        shapes: Sequence[torch.Size],
-        slots: Sequence[Slot],
-        allocate: Callable[[int], Memory],
-        window_bytes: int | None = None,
-    ) -> None:
-        """Allocate once, `allocate(nbytes)`; without `window_bytes` there is one window."""
-        self.shapes, self.slots = tuple(shapes), tuple(slots)
-        sizes = [round_up(prod(shape), ALIGNMENT) for shape in shapes]
+    def __init__(self, owner: str, parameters: Sequence[Tensor], slots: Sequence[Slot], paging: Paging | None) -> None:
+        """Make room with one allocation. `owner` is the name of the optimizer in messages."""
+        devices = sorted({str(p.device) for p in parameters})
+        if len(devices) > 1:
+            raise ValueError(f"the parameters of one {owner} must be on one device, not on {' and '.join(devices)}")
+        self.parameters, self.slots = tuple(parameters), tuple(slots)
+        self.indices = {p: index for index, p in enumerate(parameters)}
+        sizes = [round_up(p.numel(), ALIGNMENT) for p in parameters]
         *self.starts, self.total = accumulate(sizes, initial=0)
-        lengths = [round_up(self.total // slot.per * slot.dtype.itemsize, SLOT_ALIGNMENT) for slot in slots]
+        lengths = [round_up(slot.nbytes(self.total), SLOT_ALIGNMENT) for slot in slots]
         *self.offsets, nbytes = accumulate(lengths, initial=0)
-        width = self.total
-        if window_bytes is not None:
-            per_position = sum(slot.dtype.itemsize / slot.per for slot in slots)
-            width = max(int(window_bytes / per_position) // ALIGNMENT, 1) * ALIGNMENT
-        self.windows = [(a, min(a + width, self.total)) for a in range(0, self.total, max(width, 1))]
-        self.memory = allocate(max(nbytes, SLOT_ALIGNMENT))
-        self.clear()
-        self.pieces = [self.pieces_of(*window) for window in self.windows]
 
-    @property
-    def nbytes(self) -> int:
-        return self.memory.nbytes
+        self.memory = memory_for(owner, max(nbytes, SLOT_ALIGNMENT), parameters[0].device, paging)
+        self.clear()
+        managed = isinstance(self.memory, Arena) and self.memory.kind == "managed"
+        self.windows = self.cut(paging.window_bytes if paging and managed else None)
+        self.pieces = [self.pieces_of(*window) for window in self.windows]
+        self.pager: Pager | None = None
+        if isinstance(self.memory, Arena) and managed:
+            self.pager = Pager(self.memory, [self.byte_ranges(*window) for window in self.windows])
+
+    def covers(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether there is room for all of these, where they are."""
+        return all(p in self.indices and p.device == self.memory.device for p in parameters)
+
+    def states(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The states of a parameter by the names of their slots, in their shapes."""
+        start = self.starts[self.indices[parameter]]
+        return {slot.name: self.entries(slot, start, slot.shape(parameter.shape)) for slot in self.slots}
+
+    def visit(self) -> Iterator[list[Piece]]:
+        """The pieces of one window after the other, each when its states may be touched."""
+        for window in self.pager.visit() if self.pager else range(len(self.windows)):
+            yield self.pieces[window]
 
     def clear(self) -> None:
         """Make every state zero."""
-        self.memory.tensor(0, (self.nbytes,), torch.uint8).zero_()
-
-    def states(self, index: int) -> dict[str, Tensor]:
-        """The states of parameter `index` by the names of their slots, in their shapes."""
-        return {
-            slot.name: self.slot_tensor(i, self.starts[index], slot.shape(self.shapes[index]))
-            for i, slot in enumerate(self.slots)
-        }
-
-    def slot_tensor(self, slot: int, position: int, shape: tuple[int, ...]) -> Tensor:
-        """Entries of a slot from a position on."""
-        _, dtype, per = self.slots[slot]
-        return self.memory.tensor(self.offsets[slot] + position // per * dtype.itemsize, shape, dtype)
-
-    def byte_ranges(self, window: int) -> list[tuple[int, int]]:
-        """Where a window's states are in memory, a range per slot."""
-        a, b = self.windows[window]
-        return [
-            (offset + a // slot.per * slot.dtype.itemsize, offset + b // slot.per * slot.dtype.itemsize)
-            for offset, slot in zip(self.offsets, self.slots, strict=True)
-        ]
-
-    def pieces_of(self, a: int, b: int) -> list[Piece]:
-        """What of which parameters lies in a window."""
-        pieces = []
-        for index in range(bisect_right(self.starts, a) - 1, len(self.shapes)):
-            first = self.starts[index]
-            if first >= b:
-                break
-            start, stop = max(a - first, 0), min(b - first, prod(self.shapes[index]))
-            if start < stop:
-                states = tuple(
-                    self.slot_tensor(i, first + start, (-(-(stop - start) // slot.per),))
-                    for i, slot in enumerate(self.slots)
-                )
-                pieces.append(Piece(index, start, stop, states))
-        return pieces
+        self.memory.tensor(0, (self.memory.nbytes,), torch.uint8).zero_()
 
     def close(self) -> None:
         """Give the memory back: now, or with the last tensor over it that someone holds."""
         self.pieces.clear()
         self.memory.close()
+
+    # The layout
+
+    def entries(self, slot: Slot, position: int, shape: tuple[int, ...]) -> Tensor:
+        """Entries of a slot from a position on."""
+        return self.memory.tensor(self.offset(slot) + slot.nbytes(position), shape, slot.dtype)
+
+    def offset(self, slot: Slot) -> int:
+        """The first byte of a slot."""
+        return self.offsets[self.slots.index(slot)]
+
+    def cut(self, window_bytes: int | None) -> list[tuple[int, int]]:
+        """Windows of about so many bytes of states, as ranges of positions; without a size there is one."""
+        width = self.total
+        if window_bytes is not None:
+            positions = int(window_bytes / sum(slot.dtype.itemsize / slot.per for slot in self.slots))
+            width = max(positions // ALIGNMENT, 1) * ALIGNMENT
+        return [(start, min(start + width, self.total)) for start in range(0, self.total, max(width, 1))]
+
+    def byte_ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Where the states of a window are in memory, a range per slot."""
+        return [(self.offset(slot) + slot.nbytes(start), self.offset(slot) + slot.nbytes(stop)) for slot in self.slots]
+
+    def pieces_of(self, start: int, stop: int) -> list[Piece]:
+        """What of which parameters lies in a window."""
+        pieces = []
+        for index in range(bisect_right(self.starts, start) - 1, len(self.parameters)):
+            own, parameter = self.starts[index], self.parameters[index]
+            if own >= stop:
+                break
+            first, last = max(start - own, 0), min(stop - own, parameter.numel())
+            if first < last:
+                shapes = [(-(-(last - first) // slot.per),) for slot in self.slots]
+                states = [self.entries(slot, own + first, s) for slot, s in zip(self.slots, shapes, strict=True)]
+                pieces.append(Piece(parameter, first, last, tuple(states)))
+        return pieces
 
 
 def round_up(n: int, multiple: int) -> int:
