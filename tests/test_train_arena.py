@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.standin import ON_DEVICE, ON_HOST, VERSIONS, Standin, fresh
+from train.paged import allocation
 from train.paged import arena as arena_module
 from train.paged.allocation import View
 from train.paged.arena import Arena, CudaArray, held
@@ -308,6 +309,21 @@ def test_the_last_tensor_logs_an_error_of_freeing(cuda, caplog):
     assert "could not be freed: cudaFree failed" in caplog.text
     arena.close()
     assert cuda.report().live == 0
+
+
+def test_an_error_of_torch_in_a_finalizer_is_logged_too(cuda, caplog, monkeypatch):
+    """As when an earlier kernel has broken the device, and torch is the one to say so."""
+
+    def broken(device: torch.device) -> contextlib.AbstractContextManager[None]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    arena = made(cuda)
+    memory = arena._memory
+    with monkeypatch.context() as patch:
+        patch.setattr(allocation, "current", broken)
+        del arena
+    assert "could not be freed: CUDA error: an illegal memory access" in caplog.text
+    memory.close()
 
 
 PROGRAM = """
