@@ -326,7 +326,7 @@ def test_an_error_of_torch_in_a_finalizer_is_logged_too(cuda, caplog, monkeypatc
 
 
 PROGRAM = """
-import gc, os, sys, threading
+import gc, os, signal, sys, threading
 from pathlib import Path
 import torch
 from tests.standin import VERSIONS, Standin, copy
@@ -389,6 +389,7 @@ thread.start()
 taken.wait()
 child = os.fork()
 if not child:
+    signal.alarm(60)  # ends it if it hangs
     held(cuda.runtime, 0)
     os._exit(0)
 done.set()
