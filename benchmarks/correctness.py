@@ -13,12 +13,15 @@ from torch import Tensor
 
 import kernels
 import nf4
-from kernels import reference
+from kernels import dispatch, reference
+from kernels import updates as definitions
+from kernels.updates import STATE_BLOCK, AdamWNumbers, LionNumbers
 from nf4 import QuantizedTensor
 
 SMALL = ((1, 192, 256), (3, 576, 1536), (48, 320, 576))  # (M, N, K)
 LARGE = ((8, 11008, 4096), (16, 4096, 4096), (64, 4096, 4096), (300, 1536, 576), (1024, 4096, 11008))
 RANK, SCALING, DROPOUT, SEED = 16, 0.5, 0.1, 1234567890123
+LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 
 
 def check(device: str, shapes: Iterable[tuple[int, int, int]] | None = None) -> list[dict[str, Any]]:
@@ -28,6 +31,7 @@ def check(device: str, shapes: Iterable[tuple[int, int, int]] | None = None) -> 
         for dtype in (torch.bfloat16, torch.float16):
             about = {"dtype": str(dtype).removeprefix("torch."), "shape": [M, N, K]}
             rows += [row | about for row in layers(M, N, K, dtype, device)]
+            rows += [row | about for row in updates(N, K, dtype, device)]
             for config in (nf4.QuantConfig(), nf4.QuantConfig("int4", 128, double_quant=False)):
                 stored = about | {"codebook": config.codebook, "block_size": config.block_size}
                 rows += [row | stored for row in products(M, N, K, dtype, config, device)]
@@ -121,6 +125,58 @@ def layers(M: int, N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[
             outcomes.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))])
         for i, three in enumerate(zip(*outcomes, strict=True)):
             yield close(f"{name} {'y' if i == 0 else f'gradient {i}'}", *three)
+
+
+def updates(N: int, K: int, dtype: torch.dtype, device: str) -> Iterator[dict[str, Any]]:
+    """What three steps of each optimizer make of a LoRA pair and two vectors: bit for bit the definition's on a CPU.
+
+    AdamW in float32 is held to float64 too, beside torch's own.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (RANK * K, N * RANK, N, K + 1)
+
+    def random() -> list[Tensor]:
+        return [torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes]
+
+    start, steps = random(), [random() for _ in range(3)]
+    for operator in ("adamw", "adamw_8bit", "lion"):
+        ours = stepped(operator, start, steps)
+        defined = stepped(operator, [p.cpu() for p in start], [[g.cpu() for g in grads] for grads in steps], True)
+        yield exact(operator, [tensor.cpu() for tensor in ours], defined)
+
+    ours = stepped("adamw", [p.float() for p in start], steps)[: len(sizes)]
+    torchs = []
+    for to in (torch.float32, torch.float64):
+        params = [p.to(to, copy=True).requires_grad_() for p in start]
+        optimizer = torch.optim.AdamW(params, LR, BETAS, EPS, DECAY)
+        for grads in steps:
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g.to(to)
+            optimizer.step()
+        torchs.append(torch.cat(params).detach())
+    yield close("adamw in float32", torch.cat(ours), *torchs)
+
+
+def stepped(operator: str, start: list[Tensor], steps: list[list[Tensor]], by_definition: bool = False) -> list[Tensor]:
+    """Parameters and states after some steps, by the form that is for their device, or by the definition."""
+    params = [p.clone() for p in start]
+    states = zero_states(operator, params)
+    for step, grads in enumerate(steps, start=1):
+        n = AdamWNumbers.of(step, LR, BETAS, EPS, DECAY)
+        numbers = [LionNumbers(*BETAS, LR, n.decay) if operator == "lion" else n] * len(params)
+        form = dispatch.form(operator, params[0].device, params, grads)
+        form = getattr(definitions, operator) if by_definition else form
+        form(params, grads, *states, numbers)
+    return [tensor for tensors in (params, *states) for tensor in tensors]
+
+
+def zero_states(operator: str, params: list[Tensor]) -> list[list[Tensor]]:
+    """An operator's states before the first step."""
+    zeros = [torch.zeros(p.shape, device=p.device) for p in params]
+    if operator != "adamw_8bit":
+        return [[z.clone() for z in zeros] for _ in range(2 if operator == "adamw" else 1)]
+    pairs = [[nf4.quantize_dynamic(z, STATE_BLOCK, signed) for z in zeros] for signed in (True, False)]
+    return [[pair[i] for pair in kind] for kind in pairs for i in (0, 1)]
 
 
 def exact(name: str, ours: list[Tensor], expected: list[Tensor]) -> dict[str, Any]:

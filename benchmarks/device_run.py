@@ -1,9 +1,9 @@
 """Everything that wants measuring on a GPU lent for an hour, by one command that needs little installed.
 
 `python -m benchmarks.device_run --out DIR [--commit HASH]` checks every operator against float64, then measures
-`kernels` and `training`, and writes one JSON file each into DIR. A part that fails leaves its traceback in its
-file and the next one starts all the same; the exit code then is 1. It works on a CPU too, for testing it: `--quick`
-takes sizes of no interest.
+`kernels`, `training`, `memory`, `updates` and, on a GPU, what paging does, and writes one JSON file each into DIR. A
+part that fails leaves its traceback in its file and the next one starts all the same; the exit code then is 1. It works
+on a CPU too, for testing it: `--quick` takes sizes of no interest.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import correctness, kernels, training
+from benchmarks import correctness, kernels, memory, paged, training, updates
 from benchmarks.provenance import provenance
 
 QUICK_SHAPES = ((3, 64, 128),)
@@ -63,11 +63,17 @@ def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict
     return {
         "correctness": checked,
         "kernels": lambda: {"rows": kernels.measure(device, sizes, repeats, tokens, lora_tokens), "failures": []},
+        "updates": lambda: {
+            "rows": updates.measure(device, repeats, {"few": [300]} if quick else None),
+            "failures": [],
+        },
         "training": lambda: {
             "rows": training.measure(setting, repeats=repeats),
             "setting": training.described(setting),
             "failures": [],
         },
+        "memory": lambda: {"rows": memory.measure(setting), "failures": []},
+        **({"paged": lambda: paged.measure(device, repeats)} if device == "cuda" else {}),
     }
 
 

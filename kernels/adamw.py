@@ -5,7 +5,7 @@ The bits are the definition's: nothing is fused, and roots and quotients are rou
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -87,22 +87,38 @@ def adamw_step(row, p, g, m, v):
 
 
 def shipped() -> list[Shipped]:
-    return shipped_in_every_dtype("adamw", adamw_kernel, ADAMW)
+    return shipped_by_dtype("adamw", adamw_kernel, ADAMW, ADAMW.constants["TILE"], {80: 164.0, 90: 165.0})
 
 
-def shipped_in_every_dtype(name: str, kernel: triton.JITFunction, launch: Launch, **more: str) -> list[Shipped]:
-    """A kernel for each pair of dtypes, at addresses that allow for wide loads; and once at others."""
-    cases = [(param, grad, True) for param, grad in product(DTYPES, DTYPES)]
+# What parameters and gradients usually are; the other pairs differ by a conversion.
+FLOAT, BRAIN = torch.float32, torch.bfloat16
+PAIRS = ((FLOAT, FLOAT), (BRAIN, FLOAT), (BRAIN, BRAIN))
+
+
+def shipped_by_dtype(
+    name: str,
+    kernel: Any,
+    launch: Launch,
+    elements: int,
+    instructions: dict[int, float],
+    signature: dict[str, str] = TABLES,
+) -> list[Shipped]:
+    """A kernel for pairs of dtypes at addresses that allow for wide loads, and once at others.
+
+    Instructions are those of both branches, whole tile and ragged one, of which a program takes one.
+    """
     kernels = []
-    for param, grad, aligned in [*cases, (torch.float32, torch.float32, False)]:
+    for param, grad, aligned in [*((*pair, True) for pair in PAIRS), (FLOAT, FLOAT, False)]:
         dtypes = {"PARAM": DTYPES[param], "GRAD": DTYPES[grad], "ALIGNED": aligned}
         kernels.append(
             Shipped(
                 name=f"{name} {SHORT[param]}, gradients {SHORT[grad]}{'' if aligned else ', unaligned'}",
                 kernel=kernel,
-                signature=TABLES | more,
+                signature=signature,
                 launch=replace(launch, constants={**launch.constants, **dtypes}),
-                aligned=(*TABLES, *more),
+                aligned=tuple(signature),
+                weights_per_thread=elements / (32 * launch.num_warps) if aligned else None,
+                instructions=instructions,
             )
         )
     return kernels

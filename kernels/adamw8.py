@@ -5,16 +5,17 @@ look at a table and one comparison in float64, which takes fewer instructions th
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels import dynamic_buckets, updates
-from kernels.adamw import adamw_step, device_of, shipped_in_every_dtype
+from kernels.adamw import adamw_step, device_of, shipped_by_dtype
 from kernels.dynamic_buckets import bucket_tables
 from kernels.launch import Launch, Shipped
-from kernels.table_row import DTYPES, tensor, this_row, this_tile, within
+from kernels.table_row import DTYPES, TABLES, tensor, this_row, this_tile, within
 from kernels.tensor_lists import accepts, grouped, launches
 from kernels.updates import AdamWNumbers, Tensors
 from nf4.dynamic import map_on
@@ -49,15 +50,16 @@ def adamw_8bit(
     for group, table, rows, tiles in launches(groups, ADAMW8.constants["BLOCKS"] * updates.STATE_BLOCK, device):
         dtypes = {"PARAM": DTYPES[group.param_dtype], "GRAD": DTYPES[group.grad_dtype]}
         options = ADAMW8.options(**dtypes, ALIGNED=group.aligned)
-        adamw_8bit_kernel[(len(rows),)](rows, tiles, table, *maps_on(device), **options)
+        adamw_8bit_kernel[(len(rows),)](rows, tiles, table, **maps_on(device), **options)
 
 
-def maps_on(device: torch.device) -> list[torch.Tensor]:
-    """Entries, midpoints and buckets of the signed map, and of the unsigned one."""
-    maps = []
-    for signed in (True, False):
+def maps_on(device: torch.device) -> dict[str, Any]:
+    """Entries, midpoints and buckets of the signed map and of the unsigned one, as the kernel calls them."""
+    maps = {}
+    for state, signed in (("m", True), ("v", False)):
         below, midpoints = bucket_tables(device, signed)
-        maps += [map_on(device, signed), midpoints, below]
+        tensors = {"entries": map_on(device, signed), "midpoints": midpoints, "below": below}
+        maps |= {f"{state}_{name}_ptr": tensor for name, tensor in tensors.items()}
     return maps
 
 
@@ -118,7 +120,7 @@ def adamw_8bit_tile(
 @triton.jit
 def decode(codes_ptr, absmax_ptr, dynamic_map, inside, begun):
     """(BLOCKS, STATE_BLOCK): entry times absmax."""
-    code = tl.load(codes_ptr, mask=inside)
+    code = tl.load(codes_ptr, mask=inside).to(tl.int32)
     return tl.load(dynamic_map[0] + code) * tl.load(absmax_ptr, mask=begun)[:, None]
 
 
@@ -145,6 +147,9 @@ def encode(x, codes_ptr, absmax_ptr, dynamic_map, inside, begun, RAGGED: tl.cons
 
 
 def shipped() -> list[Shipped]:
-    pointers = {"entries": "*fp32", "midpoints": "*fp64", "below": "*u8"}
-    maps = {f"{state}_{name}_ptr": dtype for state in "mv" for name, dtype in pointers.items()}
-    return shipped_in_every_dtype("adamw in 8 bits,", adamw_8bit_kernel, ADAMW8, **maps)
+    types = {torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8"}
+    maps = {name: types[tensor.dtype] for name, tensor in maps_on(torch.device("cpu")).items()}
+    elements, instructions = ADAMW8.constants["BLOCKS"] * updates.STATE_BLOCK, {80: 300.5, 90: 303.5}
+    return shipped_by_dtype(
+        "adamw in 8 bits,", adamw_8bit_kernel, ADAMW8, elements, instructions, signature=TABLES | maps
+    )

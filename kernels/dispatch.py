@@ -119,7 +119,7 @@ def gpu_rows() -> tuple[Row, ...]:
 
 
 def on_its_device(form: Callable[..., Any]) -> Callable[..., Any]:
-    """The form, launched on the GPU of its first argument, or of a list's first: Triton itself takes the current one."""
+    """The form, launched on the GPU of its first argument: Triton itself takes the current one."""
 
     @wraps(form)
     def launched(first: Any, *others: Any, **options: Any) -> Any:
@@ -129,11 +129,13 @@ def on_its_device(form: Callable[..., Any]) -> Callable[..., Any]:
     return launched
 
 
-def tensor_of(first: Any) -> Any:
-    """A tensor that is where the argument is; None for an empty list, which is nowhere."""
-    if isinstance(first, (list, tuple)):
-        return first[0] if first else None
-    return first.packed if isinstance(first, QuantizedTensor) else first
+def tensor_of(first: Any) -> torch.Tensor:
+    """A tensor that is where an argument is: a tensor, a stored weight, or a list; an empty list is on no GPU."""
+    if isinstance(first, QuantizedTensor):
+        return first.packed
+    if isinstance(first, torch.Tensor):
+        return first
+    return first[0] if first else torch.empty(0)
 
 
 def form(operator: str, device: torch.device, first: Any, second: Any = None) -> Callable[..., Any]:

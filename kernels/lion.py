@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from kernels.adamw import device_of, shipped_in_every_dtype
+from kernels.adamw import device_of, shipped_by_dtype
 from kernels.launch import Launch, Shipped
 from kernels.table_row import DTYPES, number, tensor, this_row, this_tile, within
 from kernels.tensor_lists import accepts, grouped, launches
@@ -66,4 +66,4 @@ def lion_tile(
 
 
 def shipped() -> list[Shipped]:
-    return shipped_in_every_dtype("lion", lion_kernel, LION)
+    return shipped_by_dtype("lion", lion_kernel, LION, LION.constants["TILE"], {80: 72.0, 90: 76.5})

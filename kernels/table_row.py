@@ -34,7 +34,7 @@ def this_tile(tiles_ptr, TILE: tl.constexpr):
 @triton.jit
 def tensor(row, word, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The tensor at one of a row's six addresses: 0 the parameter, 1 its gradient, then states and their absmaxes."""
-    pointer = tl.load(row + 1 + word).to(tl.pointer_type(DTYPE))
+    pointer = tl.load(row + 1 + word).to(tl.pointer_type(DTYPE))  # pyrefly: ignore[bad-argument-type]
     if ALIGNED:
         pointer = tl.multiple_of(pointer, ALIGNMENT)
     return pointer

@@ -248,6 +248,7 @@ def test_200_steps_are_those_of_torch_within_rounding(cls):
     for number in range(200):
         give_gradients(ours, number)
         for p, q in zip(exact, ours, strict=True):
+            assert q.grad is not None
             p.grad = q.grad.double()
         reference.step()
     for p, q, r in zip(ours, theirs, exact, strict=True):

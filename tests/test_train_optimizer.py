@@ -82,6 +82,7 @@ def test_betas_that_are_given_are_taken(name):
 
 def test_oversubscription_reaches_the_paged_and_is_refused_for_others():
     optimizer = make_optimizer(adapter(), OptimizerConfig(name="paged-adamw", allow_oversubscription=True))
+    assert optimizer.paging is not None
     assert optimizer.paging.allow_oversubscription
     with pytest.raises(ValueError, match="allow_oversubscription is for paged optimizers, and lion is none"):
         OptimizerConfig(name="lion", allow_oversubscription=True)

@@ -32,5 +32,5 @@ class Lion(FusedOptimizer):
         check_hyperparameters(group)
 
     def numbers(self, group: Mapping[str, Any], step: int) -> LionNumbers:
-        lr = float(group["lr"])
-        return LionNumbers(*group["betas"], lr, 1 - lr * group["weight_decay"])
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        return LionNumbers(beta1, beta2, lr, 1 - lr * group["weight_decay"])

@@ -8,6 +8,7 @@ nothing needs room nothing moves, and a step costs what it would cost unpaged.
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -43,8 +44,8 @@ class Pager:
             yield window
         self.advise(CPU)
 
-    def fetch(self, window: int) -> torch.cuda.Event | None:
-        """Prefetch a window, if there is one; the event after which it has arrived."""
+    def fetch(self, window: int) -> Any:
+        """Prefetch a window, if there is one; the CUDA event after which it has arrived, if there is a stream."""
         if window >= len(self.windows):
             return None
         self.move(self.windows[window], self.device)

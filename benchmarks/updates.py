@@ -1,0 +1,104 @@
+"""What an optimizer's step takes: AdamW, AdamW with states of 8 bits and Lion over many tensors, beside others'.
+
+Two sets of float32 tensors: the LoRA matrices of SmolLM2-135M at rank 16, which are 420 small ones, and three large
+ones, as in a full fine-tune. Speed does not depend on the values, so that everyone updates the same parameters with
+the same gradients, each with states of its own. Others' are torch.optim.AdamW, with lists of tensors and fused, and the
+optimizers of bitsandbytes where that is installed.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import interleaved, stopwatch
+from benchmarks.training import SMOLLM2, finished
+from kernels import dispatch
+from kernels.updates import STATE_BLOCK, AdamWNumbers, LionNumbers
+from models.config import LlamaConfig
+from nf4 import quantize_dynamic
+
+RANK = 16
+LR, BETAS, EPS, DECAY = 1e-4, (0.9, 0.999), 1e-8, 0.01
+UPDATES = ("AdamW", "AdamW 8-bit", "Lion")
+
+
+def measure(device: str, repeats: int, sets: Mapping[str, Sequence[int]] | None = None) -> list[dict[str, Any]]:
+    """A row for each set of tensors and each update; what someone does not have stays None."""
+    rows = []
+    for name, sizes in (SETS if sets is None else sets).items():
+        contestants, state_bytes = contest(sizes, torch.device(device))
+        times = interleaved(contestants, repeats, lambda work: stopwatch(finished(work, device)))
+        milliseconds = {who: timing.median * 1000 for who, timing in times.items()}
+        for update in UPDATES:
+            row: dict[str, Any] = {"case": f"{name}, {update}", "elements": sum(sizes), "tensors": len(sizes)}
+            for who in ("ours", "torch_foreach", "torch_fused", "bitsandbytes"):
+                row[f"{who}_ms"] = milliseconds.get(f"{who} {update}")
+            rows.append(row | {"state_bytes": state_bytes[update]})
+    return rows
+
+
+def contest(sizes: Sequence[int], device: torch.device) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    """One step by everyone who is here, and the bytes of our states."""
+    params = [nn.Parameter(torch.randn(size, device=device)) for size in sizes]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    flat, grads = [p.detach() for p in params], [p.grad for p in params if p.grad is not None]
+    numbers: dict[str, list[Any]] = {
+        name: [AdamWNumbers.of(100, LR, BETAS, EPS, DECAY)] * len(sizes) for name in UPDATES
+    }
+    numbers["Lion"] = [LionNumbers(0.9, 0.99, LR, 1 - LR * DECAY)] * len(sizes)
+    states = {
+        "AdamW": [zeros(sizes, device), zeros(sizes, device)],
+        "AdamW 8-bit": [*zeros_8bit(sizes, device, signed=True), *zeros_8bit(sizes, device, signed=False)],
+        "Lion": [zeros(sizes, device)],
+    }
+
+    def ours(update: str) -> Callable[[], object]:
+        operator = {"AdamW": "adamw", "AdamW 8-bit": "adamw_8bit", "Lion": "lion"}[update]
+        form = dispatch.form(operator, device, flat, grads)
+        return lambda: form(flat, grads, *states[update], numbers[update])
+
+    contestants = {f"ours {update}": ours(update) for update in UPDATES}
+    options: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
+    for how in ("foreach", "fused"):
+        contestants[f"torch_{how} AdamW"] = torch.optim.AdamW(params, **(options | {how: True})).step
+    if importlib.util.find_spec("bitsandbytes"):
+        optim = importlib.import_module("benchmarks.peer").bitsandbytes.optim
+        contestants["bitsandbytes AdamW"] = optim.AdamW32bit(params, **options).step
+        contestants["bitsandbytes AdamW 8-bit"] = optim.AdamW8bit(params, **options).step
+        contestants["bitsandbytes Lion"] = optim.Lion32bit(params, lr=LR, betas=(0.9, 0.99), weight_decay=DECAY).step
+    nbytes = {name: sum(t.nbytes for tensors in lists for t in tensors) for name, lists in states.items()}
+    return contestants, nbytes
+
+
+def zeros(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
+    return [torch.zeros(size, device=device) for size in sizes]
+
+
+def zeros_8bit(sizes: Sequence[int], device: torch.device, signed: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """States of zeros in 8 bits: codes, and absmaxes."""
+    pairs = [quantize_dynamic(zero, STATE_BLOCK, signed) for zero in zeros(sizes, device)]
+    return [codes for codes, _ in pairs], [absmax for _, absmax in pairs]
+
+
+def lora_sizes(config: LlamaConfig, rank: int) -> list[int]:
+    """Elements of A and B of every linear layer of a model."""
+    width, inner = config.hidden_size, config.intermediate_size
+    heads, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    layers = [
+        (width, heads),
+        (width, keys),
+        (width, keys),
+        (heads, width),
+        (width, inner),
+        (width, inner),
+        (inner, width),
+    ]
+    return [rank * side for layer in layers for side in layer] * config.num_hidden_layers
+
+
+SETS = {"LoRA on SmolLM2-135M": lora_sizes(SMOLLM2, RANK), "three matrices of 4096 x 4096": [4096 * 4096] * 3}
