@@ -190,6 +190,14 @@ def test_the_nth_call_fails_and_the_others_do_not(cuda):
     assert [call.code for call in cuda.calls("cudaMemGetInfo")] == [0, 2, 0]
 
 
+def test_an_error_is_kept_for_the_thread_until_it_is_asked_for(cuda):
+    """As CUDA keeps it, and tells whoever asks next. The shim asks at once, so this calls around it."""
+    cuda.fail("cudaDeviceSynchronize", code=801)
+    assert cuda.library.cudaDeviceSynchronize() == 801
+    assert cuda.last_error() == 801
+    assert [cuda.library.cudaGetLastError(), cuda.last_error()] == [801, 0]
+
+
 def test_ranges_outside_of_managed_memory_are_refused(cuda):
     managed, pinned = cuda.runtime.malloc_managed(100), cuda.runtime.malloc_host(100)
     for pointer, nbytes in ((managed, 101), (pinned, 5), (4096, 5)):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.standin import ON_DEVICE, ON_HOST, VERSIONS, Standin, fresh
+from train.paged import allocation
 from train.paged import arena as arena_module
 from train.paged.allocation import View
 from train.paged.arena import Arena, CudaArray, held
@@ -28,7 +29,6 @@ from train.paged.cudart import CPU, NOWHERE, Advice, CudaError
 ROOT = Path(__file__).parent.parent
 KiB, MiB = 2**10, 2**20
 HOST = torch.device("cpu")
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int64)
 
 
@@ -310,14 +310,30 @@ def test_the_last_tensor_logs_an_error_of_freeing(cuda, caplog):
     assert cuda.report().live == 0
 
 
+def test_an_error_of_torch_in_a_finalizer_is_logged_too(cuda, caplog, monkeypatch):
+    """As when an earlier kernel has broken the device, and torch is the one to say so."""
+
+    def broken(device: torch.device) -> contextlib.AbstractContextManager[None]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    arena = made(cuda)
+    memory = arena._memory
+    with monkeypatch.context() as patch:
+        patch.setattr(allocation, "current", broken)
+        del arena
+    assert "could not be freed: CUDA error: an illegal memory access" in caplog.text
+    memory.close()
+
+
 PROGRAM = """
-import gc, os, sys, threading
+import gc, os, signal, sys, threading
 from pathlib import Path
 import torch
 from tests.standin import VERSIONS, Standin, copy
 from train.paged import allocation
 from train.paged.arena import Arena, held
 cuda = Standin(copy(VERSIONS[-1]))
+gc.freeze()  # what was imported is not looked through again at each end
 for number, ending in enumerate(sys.argv[1:]):
     child = os.fork()
     if not child:
@@ -333,42 +349,16 @@ exec(ending)
 """
 
 
-def ended(folder: Path, *endings: str) -> list[tuple[str, str]]:
-    """What is left by a process that makes an arena and a tensor and ends so, and what it says on stderr.
-
-    Left are "a b c": a allocations of b, after c wrong frees. The processes are forks of one that has imported torch,
-    which would take longest.
-    """
-    command = [sys.executable, "-c", PROGRAM, *endings]
-    subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=120)
-    return [((folder / f"{n}.left").read_text(), (folder / f"{n}.stderr").read_text()) for n in range(len(endings))]
-
-
-@needs_fork
-def test_the_end_of_the_process_frees_what_nobody_looks_into(tmp_path):
-    endings = (
-        "del tensor",
-        "arena.close(); del tensor",
-        "del tensor; torch.kept = arena",  # in a module that goes after most others
-        "del tensor; arena.itself = arena; del arena",
-        "del tensor; sys.exit(3)",
-        "del tensor; threading.Thread(target=lambda: arena.tensor(0, (4,), torch.float32).sum()).start()",
-    )
-    for ending, found in zip(endings, ended(tmp_path, *endings), strict=True):
-        assert found == ("0 1 0\n", ""), ending
-
-
-@needs_fork
-def test_the_end_of_the_process_takes_no_memory_from_a_tensor(tmp_path):
-    """A thread or another handler may still read it. The memory goes with the process."""
-    endings = ("", "arena.close()", "torch.kept = tensor; del arena")
-    for ending, found in zip(endings, ended(tmp_path, *endings), strict=True):
-        assert found == ("1 1 0\n", ""), ending
-
-
-@needs_fork
-def test_a_forked_child_frees_nothing(tmp_path):
-    ending = """
+FREEING = (
+    "del tensor",
+    "arena.close(); del tensor",
+    "del tensor; torch.kept = arena",  # in a module that goes after most others
+    "del tensor; arena.itself = arena; del arena",
+    "del tensor; sys.exit(3)",
+    "del tensor; threading.Thread(target=lambda: arena.tensor(0, (4,), torch.float32).sum()).start()",
+)
+KEEPING = ("", "arena.close()", "torch.kept = tensor; del arena")
+FORKING = """
 assert held(cuda.runtime, 0) == 65536
 child = os.fork()
 if not child:
@@ -387,13 +377,7 @@ assert tensor.sum() == 8
 assert held(cuda.runtime, 0) == 65536
 del tensor
 """
-    assert ended(tmp_path, ending) == [("0 1 0\n", "")]
-    assert (tmp_path / "child").read_text() == "1 1 0\n"
-
-
-@needs_fork
-def test_a_child_forked_while_another_thread_counts_does_not_hang(tmp_path):
-    ending = """
+FORKING_WHILE_LOCKED = """
 del tensor
 taken, done = threading.Event(), threading.Event()
 def hold():
@@ -405,13 +389,51 @@ thread.start()
 taken.wait()
 child = os.fork()
 if not child:
+    signal.alarm(60)  # ends it if it hangs
     held(cuda.runtime, 0)
     os._exit(0)
 done.set()
 thread.join()
 assert os.waitpid(child, 0)[1] == 0
 """
-    assert ended(tmp_path, ending) == [("0 1 0\n", "")]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    """What is left by processes that make an arena and a tensor and end in each of these ways, and their stderr.
+
+    Left are "a b c": a allocations of b, after c wrong frees. "child" is what the child of FORKING leaves. All are
+    forks of one process that has imported torch, which takes longest.
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    folder = tmp_path_factory.mktemp("ended")
+    endings = (*FREEING, *KEEPING, FORKING, FORKING_WHILE_LOCKED)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", PROGRAM, *endings], cwd=folder, env=env, check=True, timeout=240)
+    found = {ending: (folder / f"{n}.left", folder / f"{n}.stderr") for n, ending in enumerate(endings)}
+    told = {ending: (left.read_text(), stderr.read_text()) for ending, (left, stderr) in found.items()}
+    return {**told, "child": ((folder / "child").read_text(), "")}
+
+
+@pytest.mark.parametrize("ending", FREEING)
+def test_the_end_of_the_process_frees_what_nobody_looks_into(ended, ending):
+    assert ended[ending] == ("0 1 0\n", "")
+
+
+@pytest.mark.parametrize("ending", KEEPING)
+def test_the_end_of_the_process_takes_no_memory_from_a_tensor(ended, ending):
+    """A thread or another handler may still read it. The memory goes with the process."""
+    assert ended[ending] == ("1 1 0\n", "")
+
+
+def test_a_forked_child_frees_nothing(ended):
+    assert ended[FORKING] == ("0 1 0\n", "")
+    assert ended["child"] == ("1 1 0\n", "")
+
+
+def test_a_child_forked_while_another_thread_counts_does_not_hang(ended):
+    assert ended[FORKING_WHILE_LOCKED] == ("0 1 0\n", "")
 
 
 def test_threads_that_drop_their_tensors_together_free_once(cuda):

@@ -61,25 +61,11 @@ class Allocation:
 
     def close(self) -> None:
         """No more views; the memory is freed now, or with the last of them. After an error it can be tried again."""
-        with _lock:
-            self.closed = True
-        self.free_if_unused()
-
-    def close_quietly(self) -> None:
-        """As `close`, where nobody is there to catch an error: in a finalizer."""
-        try:
-            self.close()
-        except RuntimeError as error:  # CUDA's, or torch's if an earlier kernel has broken the device
-            log.error("%s memory of %d bytes could not be freed: %s", self.kind, self.nbytes, error)
-
-    def free_if_unused(self) -> None:
-        if os.getpid() != self.process:
-            return
         with _lock:  # taken out under the lock and freed outside it: one thread frees, none waits for CUDA
-            pointer = self.pointer if self.closed and not self.views else 0
-            if not pointer:
-                return
-            self.pointer = 0
+            self.closed = True
+            pointer, self.pointer = (0, self.pointer) if self.views else (self.pointer, 0)
+        if not pointer or os.getpid() != self.process:  # a forked child does not have the memory
+            return
         try:
             with current(self.device):
                 self.runtime.synchronize()  # cudaFree may, but need not, wait for kernels that still use the memory
@@ -89,6 +75,13 @@ class Allocation:
             raise
         if self.kind == "managed":
             count(self.runtime, self.device, -self.nbytes)
+
+    def close_quietly(self) -> None:
+        """As `close`, where nobody is there to catch an error: in a finalizer."""
+        try:
+            self.close()
+        except RuntimeError as error:  # CUDA's, or torch's if an earlier kernel has broken the device
+            log.error("%s memory of %d bytes could not be freed: %s", self.kind, self.nbytes, error)
 
 
 class View:
@@ -103,7 +96,7 @@ class View:
 
     def __del__(self) -> None:
         allocation: Allocation | None = getattr(self, "allocation", None)  # None if the memory was closed
-        if allocation is None or os.getpid() != allocation.process:
+        if allocation is None:
             return
         with _lock:
             allocation.views -= 1

@@ -114,11 +114,7 @@ def already_loaded() -> list[str]:
     without_loading = getattr(os, "RTLD_NOLOAD", None)
     if without_loading is None:  # Windows
         return []
-    return [name for name in soname_order() if is_loaded(name, without_loading)]
-
-
-def soname_order() -> list[str]:
-    return [f"libcudart.so.{major}" for major in WHEELS]
+    return [name for major in WHEELS if is_loaded(name := f"libcudart.so.{major}", without_loading)]
 
 
 def is_loaded(name: str, without_loading: int) -> bool:
