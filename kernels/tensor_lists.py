@@ -73,6 +73,8 @@ def grouped(
             group = groups.setdefault((p.dtype, g.dtype), Group(p.dtype, g.dtype))
             group.sizes.append(length)
             group.table.extend(ROW.pack(length, *addresses, *[0] * (6 - len(addresses)), *in_order(n)))
+    # Written behind torch's back, so that it is told: a backward that still needs the old values is an error.
+    torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
     return list(groups.values())
 
 

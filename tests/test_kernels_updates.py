@@ -318,6 +318,27 @@ def test_programs_cover_every_tensor_once(sizes, tile):
     assert list(zip(rows.tolist(), within.tolist(), strict=True)) == expected
 
 
+@every_form
+@every_operator
+def test_a_backward_that_needs_the_parameter_of_before_is_an_error(form, operator):
+    parameter = torch.nn.Parameter(torch.ones(300))
+    loss = parameter.square().sum()
+    case = Case(operator, [parameter.detach()])
+    case.params = [parameter.detach()]
+    case.step(form, normals([300]), [numbers_for(operator)])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@every_form
+@every_operator
+def test_parameters_made_in_inference_mode_are_updated_too(form, operator):
+    with torch.inference_mode():
+        ours, theirs = Case(operator, normals([300])), Case(operator, normals([300]))
+        grads, numbers = normals([300], seed=1), [numbers_for(operator)]
+        assert_same(ours.step(form, grads, numbers), theirs.step("definition", grads, numbers))
+
+
 # Where they run, and what is refused
 
 
