@@ -74,10 +74,12 @@ def grouped(
 
     groups: dict[tuple[torch.dtype, torch.dtype], Group] = {}
     for p, g, length, n, *addresses in zip(params, grads, lengths, numbers, *columns, strict=True):
+        dtypes = (p.dtype, g.dtype)
         if length:
-            group = groups.get((p.dtype, g.dtype)) or groups.setdefault((p.dtype, g.dtype), Group(p.dtype, g.dtype))
-            group.sizes.append(length)
-            group.table.extend(ROW.pack(length, *addresses, *in_order(n)))
+            if dtypes not in groups:
+                groups[dtypes] = Group(*dtypes)
+            groups[dtypes].sizes.append(length)
+            groups[dtypes].table.extend(ROW.pack(length, *addresses, *in_order(n)))
     # Written behind torch's back, so that it is told: a backward that still needs the old values is an error.
     torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
     return list(groups.values())
