@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import Launch, Shipped
-from kernels.table_row import DTYPES, SHORT, TABLES, number, tensor, this_row, this_tile, within
+from kernels.table_row import DTYPES, SHORT, TABLES, number, tensor, this_row, this_tile
 from kernels.tensor_lists import accepts, grouped, launches
 from kernels.updates import AdamWNumbers, Tensors
 
@@ -64,7 +64,7 @@ def adamw_tile(
     RAGGED: tl.constexpr,
 ):
     i = start + tl.arange(0, TILE)
-    inside = within(i, tl.load(row), RAGGED)
+    inside = i < tl.load(row) if RAGGED else None  # a mask would keep loads from being wide
     p_ptr = tensor(row, 0, PARAM, ALIGNED) + i
     m_ptr = tensor(row, 2, tl.float32, ALIGNED) + i
     v_ptr = tensor(row, 4, tl.float32, ALIGNED) + i
@@ -87,7 +87,7 @@ def adamw_step(row, p, g, m, v):
 
 
 def shipped() -> list[Shipped]:
-    return shipped_by_dtype("adamw", adamw_kernel, ADAMW, ADAMW.constants["TILE"], {80: 164.0, 90: 165.0})
+    return shipped_by_dtype("adamw", adamw_kernel, ADAMW, ADAMW.constants["TILE"], {80: 164.5, 90: 165.5})
 
 
 # What parameters and gradients usually are; the other pairs differ by a conversion.

@@ -19,7 +19,7 @@ from nf4.dynamic import entry_midpoints
 SHIFT = 16  # bits of the mantissa that are left out
 LOWEST = ((127 - 23) << 7) - 1  # bits of 2^-23, below which no midpoint lies; all smaller ratios share a bucket
 BUCKETS = (127 << 7) - LOWEST + 1  # the last one begins at 1
-SLACK = 2.0**-20  # by what share a computed ratio may be off; it is off by 2^-23
+SLACK = 2.0**-20  # share by which a computed ratio may be off; with a subnormal reciprocal it is off by 2^-21
 
 
 @lru_cache

@@ -44,9 +44,3 @@ def tensor(row, word, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def number(row, index):
     """One of a row's eight numbers."""
     return tl.load((row + NUMBERS).to(tl.pointer_type(tl.float32)) + index)
-
-
-@triton.jit
-def within(i, n, RAGGED: tl.constexpr):
-    """Which elements there are; None says all, since a mask would keep loads from being wide."""
-    return i < n if RAGGED else None

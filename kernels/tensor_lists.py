@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kernels.updates import PARAMETER_DTYPES, STATE_BLOCK, AdamWNumbers, LionNumbers, Tensors
 
-# Length, six addresses and eight numbers; C has it as `Update` in kernels/c/updates.c.
-ROW = struct.Struct("=7q8f")
+# Length, addresses and numbers; C has it as `Update` in kernels/c/updates.c.
+ADDRESSES = 6
+ROW = struct.Struct(f"=q{ADDRESSES}q8f")
 WORDS = ROW.size // 8
-NUMBERS = 7  # the word at which the numbers begin, two in each
+NUMBERS = 1 + ADDRESSES  # the word at which the numbers begin, two in each
 ALIGNMENT = 16  # bytes that a GPU loads at once
 
 Numbers = AdamWNumbers | LionNumbers
@@ -55,34 +56,46 @@ def grouped(
 
     The tables hold addresses and the kernels trust them, so that here is where a tensor of the wrong size is refused.
     """
-    for name, tensors in ({"grads": grads, "numbers": numbers} | states).items():
-        if len(tensors) != len(params):
-            raise ValueError(f"an update takes lists of one length: {len(params)} params, but {len(tensors)} {name}")
+    lists = {"params": params, "grads": grads, **states}
+    for name, given in {**lists, "numbers": numbers}.items():
+        if len(given) != len(params):
+            raise ValueError(f"an update takes lists of one length: {len(params)} params, but {len(given)} {name}")
+    lengths = [p.numel() for p in params]
+    blocks = [-(-length // STATE_BLOCK) for length in lengths]
+    columns = []
+    for name, tensors in lists.items():
+        scales, is_state = name.endswith("absmaxes"), name in states
+        dtype = (torch.uint8 if eight_bits and not scales else torch.float32) if is_state else None
+        check(name, tensors, blocks if scales else lengths, dtype, params)
+        columns.append([tensor.data_ptr() for tensor in tensors])
+        if is_state and not eight_bits:
+            columns.append([0] * len(params))  # float32 has no scales
+    columns += [[0] * len(params)] * (ADDRESSES - len(columns))
+
     groups: dict[tuple[torch.dtype, torch.dtype], Group] = {}
-    for i, (p, g, n) in enumerate(zip(params, grads, numbers, strict=True)):
-        length = p.numel()
-        check(f"params[{i}]", p, length, p.dtype, p.device)
-        check(f"grads[{i}]", g, length, g.dtype, p.device)
-        addresses = [p.data_ptr(), g.data_ptr()]
-        for name, tensor in ((name, tensors[i]) for name, tensors in states.items()):
-            scale = name.endswith("absmaxes")
-            dtype = torch.uint8 if eight_bits and not scale else torch.float32
-            check(f"{name}[{i}]", tensor, -(-length // STATE_BLOCK) if scale else length, dtype, p.device)
-            addresses += [tensor.data_ptr()] if eight_bits else [tensor.data_ptr(), 0]  # float32 has no scales
+    for p, g, length, n, *addresses in zip(params, grads, lengths, numbers, *columns, strict=True):
+        dtypes = (p.dtype, g.dtype)
         if length:
-            group = groups.setdefault((p.dtype, g.dtype), Group(p.dtype, g.dtype))
-            group.sizes.append(length)
-            group.table.extend(ROW.pack(length, *addresses, *[0] * (6 - len(addresses)), *in_order(n)))
+            if dtypes not in groups:
+                groups[dtypes] = Group(*dtypes)
+            groups[dtypes].sizes.append(length)
+            groups[dtypes].table.extend(ROW.pack(length, *addresses, *in_order(n)))
+    # Written behind torch's back, so that it is told: a backward that still needs the old values is an error.
+    torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
     return list(groups.values())
 
 
-def check(name: str, tensor: Tensor, length: int, dtype: torch.dtype, device: torch.device) -> None:
-    if tensor.numel() != length or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
-        layout = "contiguous" if tensor.is_contiguous() else "strided"
-        raise ValueError(
-            f"{name} must be {length} contiguous elements of {dtype} on {device}, not {tensor.numel()} {layout} "
-            f"ones of {tensor.dtype} on {tensor.device}"
-        )
+def check(name: str, tensors: Tensors, lengths: Sequence[int], dtype: torch.dtype | None, params: Tensors) -> None:
+    """Refuse what is not contiguous, of this length and dtype (if it matters), and where the first parameter is."""
+    device = params[0].device if params else None
+    for i, (tensor, length) in enumerate(zip(tensors, lengths, strict=True)):
+        fits = tensor.numel() == length and tensor.is_contiguous() and tensor.device == device
+        if not fits or dtype not in (tensor.dtype, None):
+            raise ValueError(
+                f"{name}[{i}] must be {length} contiguous elements of {dtype or tensor.dtype} on {device}, "
+                f"not {tensor.numel()} {'contiguous' if tensor.is_contiguous() else 'strided'} ones of {tensor.dtype} "
+                f"on {tensor.device}"
+            )
 
 
 @lru_cache(maxsize=1024)

@@ -1,5 +1,7 @@
 """AdamW, AdamW with states of 8 bits, and Lion: the algorithms, and the definition's bits in C and in Triton."""
 
+import ctypes
+import shutil
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import adamw, adamw8, cpu_updates, dispatch, dynamic_buckets, lion, tensor_lists, updates
+from kernels import adamw, adamw8, cpu_build, cpu_updates, dispatch, dynamic_buckets, lion, tensor_lists, updates
 from kernels.updates import STATE_BLOCK, AdamWNumbers, LionNumbers
 from nf4 import dequantize_dynamic, dynamic_map, quantize_dynamic
 from tests.judge import errs_at_most_twice
@@ -264,6 +266,21 @@ def test_every_bit_is_the_definitions(form, operator, data, sizes, dtypes):
 
 @every_operator
 @pytest.mark.parametrize("form", ["c", "triton"])
+def test_a_gradient_that_is_not_finite_spoils_its_block_alone(form, operator):
+    start, (grad,) = normals([5 * 256 - 3]), normals([5 * 256 - 3], seed=1)
+    for block, value in enumerate([float("nan"), float("inf"), -float("inf"), 0.0]):
+        grad[256 * block : 256 * block + 200 : 70] = value
+    ours, theirs = (Case(operator, start) for _ in range(2))
+    for step in (1, 2):
+        numbers = [numbers_for(operator, step)]
+        assert_same(ours.step(form, [grad], numbers), theirs.step("definition", [grad], numbers))
+    assert ours.decoded()[0][: 3 * 256 : 70].isfinite().logical_not().any()
+    assert ours.decoded()[0][3 * 256 :].isfinite().all()
+    assert ours.params[0][3 * 256 :].isfinite().all()
+
+
+@every_operator
+@pytest.mark.parametrize("form", ["c", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_tensors_meet_without_a_gap(form, operator, dtype):
     sizes = [5000, 1, 9216, 0, 2048]
@@ -282,6 +299,32 @@ def test_any_number_of_threads_gives_the_same(operator, threads, monkeypatch):
     ours, theirs = (Case(operator, normals(sizes)) for _ in range(2))
     grads, numbers = normals(sizes, seed=1), [numbers_for(operator)] * 5
     assert_same(ours.step("c", grads, numbers), theirs.step("definition", grads, numbers))
+
+
+@pytest.fixture(scope="module", params=["", "-mavx2 -mfma -mf16c"])
+def another_cpu(request, tmp_path_factory):
+    """The operators as a CPU would have them that knows less than this one may."""
+    if request.param and not cpu_build.capabilities().get("avx2"):
+        pytest.skip("this CPU has no AVX2")
+    folder = tmp_path_factory.mktemp("updates")
+    for name in ("common.h", "updates.c"):
+        shutil.copy(cpu_build.SOURCES / name, folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cpu_build, "SOURCES", folder)
+        patched.setattr(cpu_build, "SIGNATURES", {name: cpu_build.SIGNATURES[name] for name in OPERATORS})
+        path = cpu_build.build((tuple(request.param.split()),), folder)
+        return cpu_build.declared(ctypes.CDLL(str(path)))
+
+
+@every_operator
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cpu_with_fewer_instructions_computes_the_same_bits(operator, dtype, another_cpu, monkeypatch):
+    monkeypatch.setattr(cpu_updates, "loaded", lambda: another_cpu)
+    sizes = [300, 1024]
+    ours, theirs = (Case(operator, normals(sizes, dtype=dtype)) for _ in range(2))
+    for step in (1, 2):
+        grads, numbers = normals(sizes, seed=step, dtype=dtype), [numbers_for(operator, step)] * 2
+        assert_same(ours.step("c", grads, numbers), theirs.step("definition", grads, numbers))
 
 
 @every_operator
@@ -316,6 +359,27 @@ def test_programs_cover_every_tensor_once(sizes, tile):
     assert rows.dtype == within.dtype == torch.int32
     expected = [(row, first) for row, size in enumerate(sizes) for first in range(-(-size // tile))]
     assert list(zip(rows.tolist(), within.tolist(), strict=True)) == expected
+
+
+@every_form
+@every_operator
+def test_a_backward_that_needs_the_parameter_of_before_is_an_error(form, operator):
+    parameter = torch.nn.Parameter(torch.ones(300))
+    loss = parameter.square().sum()
+    case = Case(operator, [parameter.detach()])
+    case.params = [parameter.detach()]
+    case.step(form, normals([300]), [numbers_for(operator)])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@every_form
+@every_operator
+def test_parameters_made_in_inference_mode_are_updated_too(form, operator):
+    with torch.inference_mode():
+        ours, theirs = Case(operator, normals([300])), Case(operator, normals([300]))
+        grads, numbers = normals([300], seed=1), [numbers_for(operator)]
+        assert_same(ours.step(form, grads, numbers), theirs.step("definition", grads, numbers))
 
 
 # Where they run, and what is refused
@@ -357,6 +421,10 @@ def elsewhere(p, g, m):
     return [p], [g.to("meta")], [m], "on cpu, not 8 contiguous ones of torch.float32 on meta"
 
 
+def on_two_devices(p, g, m):
+    return [p, p.to("meta")], [g, g.to("meta")], [m, m.to("meta")], "params[1] must be 8 contiguous elements"
+
+
 def few(p, g, m):
     return [p, p.clone()], [g], [m, m.clone()], "lists of one length: 2 params, but 1 grads"
 
@@ -366,7 +434,7 @@ def strided_parameter(p, g, m):
 
 
 @pytest.mark.parametrize("form", ["c", "triton"])
-@pytest.mark.parametrize("wrong", [short, strided, half_state, elsewhere, few, strided_parameter])
+@pytest.mark.parametrize("wrong", [short, strided, half_state, elsewhere, on_two_devices, few, strided_parameter])
 def test_what_would_be_written_past_its_end_is_refused(form, wrong):
     params, grads, states, message = wrong(*(torch.zeros(8) for _ in range(3)))
     with pytest.raises(ValueError) as refusal:  # noqa: PT011

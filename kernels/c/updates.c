@@ -81,8 +81,7 @@ INLINE void encode_block(const float *restrict x, int count, const Map *map, uin
         largest = magnitude > largest ? magnitude : largest;
     }
     float scale = *absmax = float_of(largest);
-    /* A power of two keeps the reciprocal from overflowing, and from losing bits as a subnormal number. */
-    float shift = scale < 0x1p-60f ? 0x1p80f : scale > 0x1p60f ? 0x1p-80f : 1;
+    float shift = scale < 0x1p-60f ? 0x1p80f : 1; /* a power of two keeps the reciprocal from overflowing */
     float reciprocal = 1 / (scale == 0 ? 1 : scale * shift);
 
     const int32_t lowest = (int32_t)map->lowest, buckets = (int32_t)map->buckets;
