@@ -131,6 +131,15 @@ def test_the_first_path_with_a_wheel_is_taken(places):
     assert candidates()[1].path == first
 
 
+def test_no_library_is_taken_from_the_working_directory(places, monkeypatch):
+    """Both paths name it by an empty entry; what lies there may be anyone's."""
+    put(places / "nvidia/cu13/lib/libcudart.so.13")
+    put(places / "libcudart.so.13")
+    monkeypatch.setenv("LD_LIBRARY_PATH", os.pathsep)
+    monkeypatch.chdir(places)
+    assert {candidate.path for candidate in candidates()} == {None}
+
+
 # The one that is taken
 
 
