@@ -238,6 +238,9 @@ def test_the_doctor_tells_the_search_and_managed_memory(machine, places, monkeyp
     shown = console.export_text()
     assert all(line in shown for line in search_order())
     assert "there, with concurrent access" in shown
+    narrow = Console(record=True, width=40, file=io.StringIO())
+    doctor.command(doctor.DoctorOptions(), narrow)
+    assert "…" not in narrow.export_text(), "a path is to be read whole"
 
 
 @pytest.mark.parametrize(
