@@ -131,6 +131,15 @@ def test_the_first_path_with_a_wheel_is_taken(places):
     assert candidates()[1].path == first
 
 
+def test_no_library_is_taken_from_the_working_directory(places, monkeypatch):
+    """Both paths name it by an empty entry; what lies there may be anyone's."""
+    put(places / "nvidia/cu13/lib/libcudart.so.13")
+    put(places / "libcudart.so.13")
+    monkeypatch.setenv("LD_LIBRARY_PATH", os.pathsep)
+    monkeypatch.chdir(places)
+    assert {candidate.path for candidate in candidates()} == {None}
+
+
 # The one that is taken
 
 
@@ -229,6 +238,9 @@ def test_the_doctor_tells_the_search_and_managed_memory(machine, places, monkeyp
     shown = console.export_text()
     assert all(line in shown for line in search_order())
     assert "there, with concurrent access" in shown
+    narrow = Console(record=True, width=40, file=io.StringIO())
+    doctor.command(doctor.DoctorOptions(), narrow)
+    assert "…" not in narrow.export_text(), "a path is to be read whole"
 
 
 @pytest.mark.parametrize(

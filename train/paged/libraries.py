@@ -126,7 +126,7 @@ def is_loaded(name: str, without_loading: int) -> bool:
 
 
 def in_site_packages(relative: str) -> str | None:
-    paths = (Path(folder) / relative for folder in sys.path if folder)
+    paths = (Path(folder) / relative for folder in sys.path if folder)  # "" is the working directory: anyone's files
     return next((str(path) for path in paths if path.exists()), None)
 
 
