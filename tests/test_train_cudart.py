@@ -13,7 +13,7 @@ import torch
 
 from tests.standin import VERSIONS, Standin, fresh
 from train.paged import cudart
-from train.paged.cudart import CPU, NOWHERE, Advice, CudaError, DeviceAttribute, Runtime
+from train.paged.cudart import CPU, NOWHERE, Advice, CudaError, CudaOutOfMemoryError, DeviceAttribute, Runtime
 from train.paged.libraries import WHEELS, in_site_packages
 
 KiB = 2**10
@@ -180,10 +180,18 @@ def test_a_large_size_is_readable(cuda):
         cuda.runtime.malloc_managed(MiB)
 
 
-def test_an_error_survives_pickling():
-    error = CudaError("cudaFree", 1, "cudaErrorInvalidValue", "invalid argument", 5)
+def test_memory_that_ran_out_is_torchs_error_too(cuda):
+    """So that the command line ends as for any tensor that doesn't fit, with exit code 5."""
+    cuda.fail("cudaMallocHost")
+    with pytest.raises(torch.OutOfMemoryError, match="cudaMallocHost"):
+        cuda.runtime.malloc_host(MiB)
+
+
+@pytest.mark.parametrize("cls", [CudaError, CudaOutOfMemoryError])
+def test_an_error_survives_pickling(cls):
+    error = cls("cudaFree", 1, "cudaErrorInvalidValue", "invalid argument", 5)
     again = pickle.loads(pickle.dumps(error))
-    assert isinstance(again, CudaError)
+    assert type(again) is cls
     assert (str(again), again.nbytes, again.code) == (str(error), 5, 1)
 
 

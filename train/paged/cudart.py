@@ -12,10 +12,12 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 CPU = -1  # cudaCpuDeviceId: the host, wherever a location is asked for
 NOWHERE = -2  # cudaInvalidDeviceId: no location, or pages that differ
 ATTACH_GLOBAL = 1  # cudaMemAttachGlobal: any stream on any device may use the memory
-NOT_SUPPORTED = 801  # cudaErrorNotSupported
+OUT_OF_MEMORY, NOT_SUPPORTED = 2, 801  # cudaErrorMemoryAllocation, cudaErrorNotSupported
 
 PREFERRED_LOCATION, LAST_PREFETCH_LOCATION = 2, 4  # cudaMemRangeAttribute
 LOCATED_ON_DEVICE, LOCATED_ON_HOST = 1, 2  # cudaMemLocationType
@@ -57,6 +59,10 @@ class CudaError(RuntimeError):
     def __str__(self) -> str:
         size = "" if self.nbytes is None else f"({self.nbytes:,} bytes)"
         return f"{self.call}{size} failed: {self.text} ({self.name}, {self.code})"
+
+
+class CudaOutOfMemoryError(CudaError, torch.OutOfMemoryError):
+    """One that says that memory ran out; it is torch's error too, for those who wait for that."""
 
 
 class Location(ctypes.Structure):
@@ -202,7 +208,8 @@ class Runtime:
         if code:
             self._library.cudaGetLastError()  # the error is told here; left there, torch would tell it again
             error, text = self._library.cudaGetErrorName(code), self._library.cudaGetErrorString(code)
-            raise CudaError(name, code, error.decode(), text.decode(), nbytes)
+            kind = CudaOutOfMemoryError if code == OUT_OF_MEMORY else CudaError
+            raise kind(name, code, error.decode(), text.decode(), nbytes)
 
 
 def sized(nbytes: int) -> int:
