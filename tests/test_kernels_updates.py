@@ -382,6 +382,13 @@ def test_parameters_made_in_inference_mode_are_updated_too(form, operator):
         assert_same(ours.step(form, grads, numbers), theirs.step("definition", grads, numbers))
 
 
+def test_empty_tensors_take_no_row_and_no_launch():
+    empty, numbers = normals([0]), [numbers_for("lion")]
+    assert tensor_lists.grouped(empty, empty, {"exp_avgs": empty}, numbers) == []
+    (group,) = tensor_lists.grouped(normals([0, 3]), normals([0, 3]), {"exp_avgs": normals([0, 3])}, numbers * 2)
+    assert group.sizes == [3]
+
+
 # Where they run, and what is refused
 
 
