@@ -382,6 +382,25 @@ def test_parameters_made_in_inference_mode_are_updated_too(form, operator):
         assert_same(ours.step(form, grads, numbers), theirs.step("definition", grads, numbers))
 
 
+@pytest.mark.parametrize("form", ["c", "triton"])
+def test_what_is_past_the_end_of_a_tensor_counts_for_no_scale(form):
+    """The largest entry of a partial block goes back to zero, and its scale is that of what is left."""
+    grad = torch.full((100,), 1e-3)
+    ours, theirs = (Case("adamw_8bit", normals([100])) for _ in range(2))
+    for largest in (1.0, -0.5):
+        grad[0] = largest
+        numbers = [numbers_for("adamw_8bit", betas=(0.5, 0.5))]
+        assert_same(ours.step(form, [grad], numbers), theirs.step("definition", [grad], numbers))
+    assert ours.states[1][0].item() < 1e-2
+
+
+def test_empty_tensors_take_no_row_and_no_launch():
+    empty, numbers = normals([0]), [numbers_for("lion")]
+    assert tensor_lists.grouped(empty, empty, {"exp_avgs": empty}, numbers) == []
+    (group,) = tensor_lists.grouped(normals([0, 3]), normals([0, 3]), {"exp_avgs": normals([0, 3])}, numbers * 2)
+    assert group.sizes == [3]
+
+
 # Where they run, and what is refused
 
 
