@@ -48,7 +48,7 @@ def test_windows_cut_every_parameter_into_pieces_that_hold_it_once(shapes, slots
     params = parameters(shapes)
     store = Store("AdamW", params, slots, None)
     windows = store.cut(window)
-    seen = {p: [] for p in params}
+    seen: dict[torch.Tensor, list[tuple[int, int]]] = {p: [] for p in params}
     for start, stop in windows:
         assert start % ALIGNMENT == 0
         for piece in store.pieces_of(start, stop):
