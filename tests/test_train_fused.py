@@ -63,6 +63,25 @@ def test_loading_into_used_states_forgets_them(cls):
     assert states_equal(optimizer, other)
     optimizer.load_state_dict(cls(parameters()).state_dict())
     assert optimizer.state_dict()["state"] == {}
+    anew = cls(parameters())
+    for either in (optimizer, anew):
+        steps(either, 2, start=20)
+    assert states_equal(optimizer, anew)
+
+
+@every_class
+def test_states_that_are_thrown_away_begin_at_zero(cls):
+    """As those do who start the optimizer anew in the middle of a run."""
+    optimizer, anew = cls(parameters(), lr=0.0), cls(parameters(), lr=0.0)
+    params = steps(optimizer, 3)
+    optimizer.state.clear()
+    steps(optimizer, 2, start=20)
+    steps(anew, 2, start=20)
+    assert states_equal(optimizer, anew)
+    del optimizer.state[params[0]]
+    steps(optimizer, 1, start=22)
+    state = optimizer.state_dict()["state"]
+    assert [float(state[i]["step"]) for i in range(3)] == [1, 3, 3]
 
 
 @every_class

@@ -195,6 +195,27 @@ def test_growing_takes_the_states_along_and_frees_the_old_memory(standin):
     optimizer.close()
 
 
+@pytest.mark.parametrize("change", ["grow", "load", "reset"])
+def test_evicted_states_are_read_and_replaced_like_others(standin, change):
+    params, alone = parameters(), parameters()
+    optimizer, other = paged(PagedAdamW, standin, params[:4]), AdamW(alone[:4], lr=1e-2)
+    for either, all_of in ((optimizer, params), (other, alone)):
+        saved = steps(either, 1) and either.state_dict()
+        steps(either, 1, start=1)
+        standin.spike(2**30)
+        standin.spike(0)
+        if change == "grow":
+            either.add_param_group({"params": all_of[4:]})
+        elif change == "load":
+            either.load_state_dict(saved)
+        else:
+            either.state.clear()
+        steps(either, 2, start=2)
+    assert standin.report().evictions > 0
+    assert equal(params, alone)
+    optimizer.close()
+
+
 def test_a_pickled_optimizer_holds_values_and_no_address(standin):
     optimizer = paged(PagedAdamW, standin)
     steps(optimizer, 2)
@@ -341,10 +362,24 @@ def test_states_go_to_pinned_memory_where_the_platform_has_no_managed(standin, c
     assert not names & {"cudaMallocManaged", "cudaMemPrefetchAsync", "cudaMemAdvise"}
 
 
-OPERATIONS = ("step", "save", "load", "spike", "evict", "prefetch", "grow", "hold", "drop", "close", "new", "forget")
+OPERATIONS = (
+    "step",
+    "save",
+    "load",
+    "spike",
+    "evict",
+    "prefetch",
+    "grow",
+    "hold",
+    "drop",
+    "close",
+    "new",
+    "forget",
+    "reset",
+)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(operations=st.lists(st.sampled_from(OPERATIONS), max_size=25), cls=st.sampled_from([c for c, _ in PAIRS]))
 def test_whatever_is_done_nothing_leaks_is_freed_twice_or_read_when_freed(operations, cls):
     """An unpaged optimizer goes the same way, and both stay equal."""
@@ -382,6 +417,9 @@ def test_whatever_is_done_nothing_leaks_is_freed_twice_or_read_when_freed(operat
             elif operation == "grow" and len(optimizer.param_groups) == 1:
                 optimizer.add_param_group({"params": parameters([(40, 60)], seed=1)})
                 other.add_param_group({"params": parameters([(40, 60)], seed=1)})
+            elif operation == "reset":
+                optimizer.state.clear()
+                other.state.clear()
             elif operation == "hold":
                 held += [state["exp_avg"] for state in optimizer.state.values()]
             elif operation == "drop":

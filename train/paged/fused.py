@@ -81,7 +81,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for p, group in given:
             state = self.state[p]
             if not state:
-                state |= {"step": torch.zeros(()), **self.store.states(p)}
+                state |= {"step": torch.zeros(()), **self.store.begin(p)}
             step = int(state["step"]) + 1
             state["step"].fill_(step)
             key = id(group), step
@@ -121,13 +121,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def evict(self) -> None:
         """Move paged states to the CPU now, before something large that needs no step, such as an evaluation."""
-        if self.store and self.store.pager:
-            self.store.pager.evict()
+        if self.store:
+            self.store.evict()
 
     def prefetch(self) -> None:
         """Move paged states to the device now; a step does so by itself."""
-        if self.store and self.store.pager:
-            self.store.pager.prefetch()
+        if self.store:
+            self.store.prefetch()
 
     def cover(self, params: Sequence[Tensor]) -> None:
         """Have a store with room for these parameters and all that may get a gradient; states that are there stay."""
@@ -135,8 +135,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         wanted = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         store = self.new_store([*wanted, *params, *self.state])
-        for p, state in self.state.items():
-            fill(store.states(p), state)
+        self.prefetch()
+        store.fill(self.state)
         self.take(store, {p: state["step"] for p, state in self.state.items()})
 
     def new_store(self, params: Iterable[Tensor]) -> Store:
@@ -235,12 +235,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         store = self.store
         if incoming:
             covered = [*(p for p in positions if p.requires_grad), *incoming]
-            if store is not None and store.covers(covered):
-                store.clear()
-            else:
+            if store is None or not store.covers(covered):
                 store = self.new_store(covered)
-            for p, s in incoming.items():
-                fill(store.states(p), self.converted(s))
+            store.fill({p: self.converted(s) for p, s in incoming.items()})
         super().__setstate__({**state, "state": defaultdict(dict)})
         if store is not None:
             self.take(store, {p: torch.tensor(float(s["step"])) for p, s in incoming.items()})
@@ -291,12 +288,6 @@ class Kept:
 
 def kept(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": {k: Kept(state) for k, state in state_dict["state"].items()}}
-
-
-def fill(states: State, source: Mapping[str, Any]) -> None:
-    """Copy states into their places."""
-    for name, tensor in states.items():
-        tensor.copy_(source[name])
 
 
 def part(piece: Piece, flat: Tensor) -> Tensor:

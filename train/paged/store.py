@@ -12,7 +12,7 @@ may be smaller than one or larger, and are then updated in pieces.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -70,7 +70,8 @@ class Store:
         *self.offsets, nbytes = accumulate(lengths, initial=0)
 
         self.memory = memory_for(owner, max(nbytes, SLOT_ALIGNMENT), parameters[0].device, paging)
-        self.clear()
+        self.memory.tensor(0, (self.memory.nbytes,), torch.uint8).zero_()
+        self.begun: set[Tensor] = set()  # parameters whose states are no longer zero
         managed = isinstance(self.memory, Arena) and self.memory.kind == "managed"
         self.windows = self.cut(paging.window_bytes if paging and managed else None)
         self.pieces = [self.pieces_of(*window) for window in self.windows]
@@ -92,9 +93,33 @@ class Store:
         for window in self.pager.visit() if self.pager else range(len(self.windows)):
             yield self.pieces[window]
 
-    def clear(self) -> None:
-        """Make every state zero."""
-        self.memory.tensor(0, (self.memory.nbytes,), torch.uint8).zero_()
+    def begin(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The states of a parameter, zero again if they were anything else before."""
+        states = self.states(parameter)
+        if parameter in self.begun:
+            self.prefetch()
+            for state in states.values():
+                state.zero_()
+        self.begun.add(parameter)
+        return states
+
+    def fill(self, sources: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+        """Copy the states of parameters into their places."""
+        self.prefetch()
+        for parameter, source in sources.items():
+            for name, state in self.states(parameter).items():
+                state.copy_(source[name])
+        self.begun |= sources.keys()
+
+    def evict(self) -> None:
+        """Move states to the CPU, if they are paged."""
+        if self.pager:
+            self.pager.evict()
+
+    def prefetch(self) -> None:
+        """Move states to the device, if they are paged."""
+        if self.pager:
+            self.pager.prefetch()
 
     def close(self) -> None:
         """Give the memory back: now, or with the last tensor over it that someone holds."""
