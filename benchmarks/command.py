@@ -132,15 +132,14 @@ def bench_memory(options: BenchOptions, console: "Console") -> Result:
     device = str(pick_device(options.device))
     setting = training.Setting(device=device)
     rows = memory.measure(setting)
-    parts = [name.removesuffix("_bytes") for name in rows[0] if name.endswith("_bytes")]
-    names = [row["optimizer"] for row in rows]
-    console.print("SmolLM2-135M's sizes, LoRA of rank 16, MiB of tensors in each part, and the peak of two steps")
-    show(console, names, [{part: row[f"{part}_bytes"] / 2**20 for part in parts} for row in rows], parts)
+    console.print("SmolLM2-135M's sizes with LoRA of rank 16: MiB of the tensors of each part under each optimizer")
+    optimizers = {row["optimizer"]: row for row in rows}
+    parts = [{name: row[part] / 2**20 for name, row in optimizers.items()} for part in memory.PARTS]
+    show(console, list(memory.PARTS.values()), parts, list(optimizers))
     if device == "cpu":
-        console.print("managed: needs a CUDA device; here paged optimizers keep their states in ordinary memory")
+        console.print("Managed memory needs a CUDA device; without one, paged states are in ordinary memory")
     times = updates.measure(device, options.repeats)
-    columns = [name for name in times[0] if name.endswith("_ms")]
-    show(console, [f"{row['case']}" for row in times], times, columns)
+    show(console, [row["case"] for row in times], times, [name for name in times[0] if name.endswith("_ms")])
     return {"rows": rows, "updates": times, "setting": training.described(setting)}
 
 
@@ -196,11 +195,11 @@ def show(console: "Console", names: list[str], rows: list[dict[str, Any]], colum
     """A table of the figures that at least one row has."""
     from rich.table import Table
 
-    columns = [column for column in columns if any(column in row for row in rows)]
+    columns = [column for column in columns if any(row.get(column) is not None for row in rows)]
     if columns:
         table = Table("", *(column.replace("_", " ") for column in columns))
         for name, row in zip(names, rows, strict=True):
-            table.add_row(name, *(f"{row[c]:.4g}" if c in row else "" for c in columns))
+            table.add_row(name, *("" if row.get(c) is None else f"{row[c]:.4g}" for c in columns))
         console.print(table)
 
 

@@ -22,6 +22,15 @@ from train.memory import peak_memory_bytes
 from train.optimizer import Name
 
 NAMES: tuple[Name, ...] = get_args(Name)
+PARTS = {  # of a row, and what a person calls them
+    "quantized_bytes": "base, NF4 with its scales",
+    "rest_bytes": "base, 16 bits",
+    "adapters_bytes": "adapters",
+    "gradients_bytes": "gradients",
+    "optimizer_bytes": "states of the optimizer",
+    "managed_bytes": "states in managed memory",
+    "peak_above_start_bytes": "peak of two steps",
+}
 
 
 def measure(setting: Setting) -> list[dict[str, Any]]:

@@ -12,17 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.timing import interleaved, stopwatch
 from benchmarks.training import SMOLLM2, finished
-from kernels import dispatch
-from kernels.updates import STATE_BLOCK, AdamWNumbers, LionNumbers
 from models.config import LlamaConfig
-from nf4 import quantize_dynamic
+from train.paged import AdamW, AdamW8bit, Lion
 
 RANK = 16
-LR, BETAS, EPS, DECAY = 1e-4, (0.9, 0.999), 1e-8, 0.01
+LR, DECAY = 1e-4, 0.01
 UPDATES = ("AdamW", "AdamW 8-bit", "Lion")
 
 
@@ -46,43 +44,22 @@ def contest(sizes: Sequence[int], device: torch.device) -> tuple[dict[str, Calla
     params = [nn.Parameter(torch.randn(size, device=device)) for size in sizes]
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
-    flat, grads = [p.detach() for p in params], [p.grad for p in params if p.grad is not None]
-    numbers: dict[str, list[Any]] = {
-        name: [AdamWNumbers.of(100, LR, BETAS, EPS, DECAY)] * len(sizes) for name in UPDATES
+    adamw: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": DECAY}
+    lion: dict[str, Any] = {"lr": LR, "betas": (0.9, 0.99), "weight_decay": DECAY}
+    ours = {"AdamW": AdamW(params, **adamw), "AdamW 8-bit": AdamW8bit(params, **adamw), "Lion": Lion(params, **lion)}
+    contestants: dict[str, Callable[[], object]] = {
+        f"ours {update}": optimizer.step for update, optimizer in ours.items()
     }
-    numbers["Lion"] = [LionNumbers(0.9, 0.99, LR, 1 - LR * DECAY)] * len(sizes)
-    states = {
-        "AdamW": [zeros(sizes, device), zeros(sizes, device)],
-        "AdamW 8-bit": [*zeros_8bit(sizes, device, signed=True), *zeros_8bit(sizes, device, signed=False)],
-        "Lion": [zeros(sizes, device)],
-    }
-
-    def ours(update: str) -> Callable[[], object]:
-        operator = {"AdamW": "adamw", "AdamW 8-bit": "adamw_8bit", "Lion": "lion"}[update]
-        form = dispatch.form(operator, device, flat, grads)
-        return lambda: form(flat, grads, *states[update], numbers[update])
-
-    contestants = {f"ours {update}": ours(update) for update in UPDATES}
-    options: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
     for how in ("foreach", "fused"):
-        contestants[f"torch_{how} AdamW"] = torch.optim.AdamW(params, **(options | {how: True})).step
+        contestants[f"torch_{how} AdamW"] = torch.optim.AdamW(params, **(adamw | {how: True})).step
     if importlib.util.find_spec("bitsandbytes"):
         optim = importlib.import_module("benchmarks.peer").bitsandbytes.optim
-        contestants["bitsandbytes AdamW"] = optim.AdamW32bit(params, **options).step
-        contestants["bitsandbytes AdamW 8-bit"] = optim.AdamW8bit(params, **options).step
-        contestants["bitsandbytes Lion"] = optim.Lion32bit(params, lr=LR, betas=(0.9, 0.99), weight_decay=DECAY).step
-    nbytes = {name: sum(t.nbytes for tensors in lists for t in tensors) for name, lists in states.items()}
-    return contestants, nbytes
-
-
-def zeros(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
-    return [torch.zeros(size, device=device) for size in sizes]
-
-
-def zeros_8bit(sizes: Sequence[int], device: torch.device, signed: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """States of zeros in 8 bits: codes, and absmaxes."""
-    pairs = [quantize_dynamic(zero, STATE_BLOCK, signed) for zero in zeros(sizes, device)]
-    return [codes for codes, _ in pairs], [absmax for _, absmax in pairs]
+        contestants["bitsandbytes AdamW"] = optim.AdamW32bit(params, **adamw).step
+        contestants["bitsandbytes AdamW 8-bit"] = optim.AdamW8bit(params, **adamw).step
+        contestants["bitsandbytes Lion"] = optim.Lion32bit(params, **lion).step
+    for optimizer in ours.values():
+        optimizer.step()
+    return contestants, {update: optimizer.state_bytes for update, optimizer in ours.items()}
 
 
 def lora_sizes(config: LlamaConfig, rank: int) -> list[int]:

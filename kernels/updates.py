@@ -1,7 +1,7 @@
 """What an optimizer does to parameters in one step, in plain torch: the definition of AdamW and Lion.
 
-An update takes many tensors at once, all flat and contiguous: a parameter, its gradient, its states, and its
-`Numbers`, which are the hyperparameters of this step. It works in place, in float32, in the order of operations
+An update takes many tensors at once: contiguous parameters and gradients of any shape, flat states, and `Numbers`,
+which are the hyperparameters of this step. It works in place, in float32, in the order of operations
 written here, each of which is rounded; a parameter in 16 bits is rounded once, when it is stored. States are float32,
 or 8-bit codes of the dynamic map with a float32 absmax for every 256 (arXiv:2110.02861): decoded, updated, and encoded
 again to the exact nearest entries. Only elements of one block of 256 know of one another, so that tensors may be cut at
@@ -60,7 +60,8 @@ def adamw(
 ) -> None:
     """AdamW (Loshchilov and Hutter 2019) with float32 states."""
     for p, g, m, v, n in zip(params, grads, exp_avgs, exp_avg_sqs, numbers, strict=True):
-        p.copy_(adamw_step(p.float(), g.float(), m, v, n))
+        flat = p.view(-1)
+        flat.copy_(adamw_step(flat.float(), g.view(-1).float(), m, v, n))
 
 
 @torch.no_grad()
@@ -78,7 +79,8 @@ def adamw_8bit(
     for p, g, m_codes, m_absmax, v_codes, v_absmax, n in zip(*tensors, strict=True):
         m = dequantize_dynamic(m_codes, m_absmax, STATE_BLOCK)
         v = dequantize_dynamic(v_codes, v_absmax, STATE_BLOCK, signed=False)
-        p.copy_(adamw_step(p.float(), g.float(), m, v, n))
+        flat = p.view(-1)
+        flat.copy_(adamw_step(flat.float(), g.view(-1).float(), m, v, n))
         for codes, absmax, state, signed in ((m_codes, m_absmax, m, True), (v_codes, v_absmax, v, False)):
             new_codes, new_absmax = quantize_dynamic(state, STATE_BLOCK, signed)
             codes.copy_(new_codes)
@@ -100,7 +102,7 @@ def adamw_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, n: AdamWNumbers) -> T
 def lion(params: Tensors, grads: Tensors, exp_avgs: Tensors, numbers: Sequence[LionNumbers]) -> None:
     """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of an average decides, one state remembers."""
     for p, g, m, n in zip(params, grads, exp_avgs, numbers, strict=True):
-        g = g.float()
+        flat, g = p.view(-1), g.view(-1).float()
         direction = (m * n.beta1 + g * (1 - n.beta1)).sign()
-        p.copy_(p.float() * n.decay - direction * n.lr)
+        flat.copy_(flat.float() * n.decay - direction * n.lr)
         m.mul_(n.beta2).add_(g * (1 - n.beta2))

@@ -18,7 +18,8 @@ def test_the_sets_are_a_models_lora_matrices_and_a_full_fine_tune():
 def test_a_row_tells_what_each_update_took_of_whom():
     rows = updates.measure("cpu", 1, {"two": [300, 5000]})
     assert [row["case"] for row in rows] == ["two, AdamW", "two, AdamW 8-bit", "two, Lion"]
-    assert [row["state_bytes"] for row in rows] == [2 * 4 * 5300, 2 * (5300 + 4 * 22), 4 * 5300]
+    assert [row["state_bytes"] for row in rows] == [8 * 6144, 2 * (6144 + 256), 4 * 6144]
+    # parameters begin at multiples of 1024 elements, and every kind of state at multiples of 256 bytes
     peer = bool(importlib.util.find_spec("bitsandbytes"))
     for row in rows:
         assert (row["elements"], row["tensors"]) == (5300, 2)

@@ -29,7 +29,8 @@ def test_states_are_zero_of_their_shape_and_never_overlap(shapes, slots):
     taken = []
     for p in params:
         states = store.states(p)
-        assert list(states) == [slot.name for slot in slots]
+        assert list(states) == ["step", *(slot.name for slot in slots)]
+        assert states["step"].shape == ()
         for slot in slots:
             state = states[slot.name]
             assert state.dtype == slot.dtype
@@ -53,10 +54,12 @@ def test_windows_cut_every_parameter_into_pieces_that_hold_it_once(shapes, slots
         assert start % ALIGNMENT == 0
         for piece in store.pieces_of(start, stop):
             assert piece.start % 256 == 0  # a block of 8-bit states is never cut
-            seen[piece.parameter].append((piece.start, piece.stop))
+            marked = torch.arange(params[piece.index].numel()).view(params[piece.index].shape)
+            assert piece.of(marked).view(-1).tolist() == list(range(piece.start, piece.stop))
+            seen[params[piece.index]].append((piece.start, piece.stop))
             ranges = store.byte_ranges(start, stop)
             for slot, state, (first, last) in zip(slots, piece.states, ranges, strict=True):
-                whole = store.states(piece.parameter)[slot.name].view(-1)
+                whole = store.states(params[piece.index])[slot.name].view(-1)
                 per = slot.per
                 assert torch.equal(state, whole[piece.start // per : -(-piece.stop // per)])
                 assert state.data_ptr() == whole[piece.start // per :].data_ptr()

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.dispatch import form
 from kernels.updates import PARAMETER_DTYPES
 from train.paged.memory import Paging
-from train.paged.store import Piece, Slot, Store
+from train.paged.store import Slot, Store
 
 State = dict[str, Tensor]
 
@@ -61,46 +61,55 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; the closure's loss, if one is given."""
         self.check_open()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"a step of {type(self).__name__} cannot be captured in a CUDA graph: its number counts")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        given = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for p, _ in given:
-            check_gradient(p)
+        given = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, grad, _ in given:
+            check_gradient(p, grad)
         if given:
-            self.cover([p for p, _ in given])
+            self.cover([p for p, *_ in given])
             self.update(given)
         return loss
 
-    def update(self, given: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
-        """Make a step for parameters that the store covers."""
-        assert self.store is not None
-        flats: dict[Tensor, tuple[Tensor, Tensor, tuple[float, ...]]] = {}
+    def update(self, given: Sequence[tuple[Tensor, Tensor, Mapping[str, Any]]]) -> None:
+        """Make a step for parameters that the store covers, with their gradients, in their groups."""
+        store = self.store
+        assert store is not None
+        work: list[tuple[Tensor, Tensor, tuple[float, ...]] | None] = [None] * len(store.parameters)
         numbers: dict[tuple[int, int], tuple[float, ...]] = {}  # of a group in a step
-        for p, group in given:
-            state = self.state[p]
-            if not state:
-                state |= {"step": torch.zeros(()), **self.store.begin(p)}
-            step = int(state["step"]) + 1
-            state["step"].fill_(step)
+        for (p, grad, group), step in zip(given, self.counted([p for p, *_ in given]), strict=True):
             key = id(group), step
             if key not in numbers:
                 numbers[key] = self.numbers(group, step)
-            assert p.grad is not None
-            flats[p] = (p.contiguous().view(-1), p.grad.contiguous().view(-1), numbers[key])
+            work[store.indices[p]] = p.contiguous(), grad.contiguous(), numbers[key]
 
-        for pieces in self.store.visit():
-            here = [(piece, *flats[piece.parameter]) for piece in pieces if piece.parameter in flats]
+        for pieces in store.visit():
+            here = [(piece, *task) for piece in pieces if (task := work[piece.index]) is not None]
             if here:
-                params = [part(piece, flat) for piece, flat, _, _ in here]
-                grads = [part(piece, grad) for piece, _, grad, _ in here]
+                params = [piece.of(p) for piece, p, _, _ in here]
+                grads = [piece.of(grad) for piece, _, grad, _ in here]
                 states = zip(*(piece.states for piece, *_ in here), strict=True)
                 operator = form(self.operator, params[0].device, params, grads)
                 operator(params, grads, *map(list, states), [n for *_, n in here])
-        for p, (flat, *_) in flats.items():
+        for p, _, _ in given:
             if not p.is_contiguous():
-                p.copy_(flat.view(p.shape))
+                task = work[store.indices[p]]
+                assert task is not None
+                p.copy_(task[0])
+
+    def counted(self, params: Sequence[Tensor]) -> list[int]:
+        """The number of each parameter's step that is being made, from 1; its states begin with the first."""
+        assert self.store is not None
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = self.store.begin(p)
+        rows = torch.tensor([self.store.indices[p] for p in params])
+        self.store.steps[rows] += 1
+        return self.store.steps[rows].int().tolist()
 
     # Where states are
 
@@ -137,17 +146,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         store = self.new_store([*wanted, *params, *self.state])
         self.prefetch()
         store.fill(self.state)
-        self.take(store, {p: state["step"] for p, state in self.state.items()})
+        self.take(store, self.state)
 
     def new_store(self, params: Iterable[Tensor]) -> Store:
         return Store(type(self).__name__, list(dict.fromkeys(params)), self.slots, self.paging)
 
-    def take(self, store: Store, steps: Mapping[Tensor, Tensor]) -> None:
-        """Replace the store by one that holds the states already, and give the old one's memory back."""
+    def take(self, store: Store, params: Iterable[Tensor]) -> None:
+        """Replace the store by one that holds these parameters' states already, and give the old one's memory back."""
         old, self.store = self.store, store
-        self.state = defaultdict(dict)
-        for p, step in steps.items():
-            self.state[p] = {"step": step, **store.states(p)}
+        self.state = defaultdict(dict, {p: store.states(p) for p in params})
         if old is not None and old is not store:
             old.close()
 
@@ -240,7 +247,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             store.fill({p: self.converted(s) for p, s in incoming.items()})
         super().__setstate__({**state, "state": defaultdict(dict)})
         if store is not None:
-            self.take(store, {p: torch.tensor(float(s["step"])) for p, s in incoming.items()})
+            self.take(store, incoming)
 
     def check_state(self, position: int | None, p: Any, state: Mapping[str, Any]) -> None:
         """Refuse a state that is not one of this optimizer for this parameter."""
@@ -290,11 +297,6 @@ def kept(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": {k: Kept(state) for k, state in state_dict["state"].items()}}
 
 
-def part(piece: Piece, flat: Tensor) -> Tensor:
-    return flat if (piece.start, piece.stop) == (0, len(flat)) else flat[piece.start : piece.stop]
-
-
-def check_gradient(p: Tensor) -> None:
-    assert p.grad is not None
-    if p.grad.layout != torch.strided:
-        raise RuntimeError(f"gradients must be dense; that of a parameter of shape {tuple(p.shape)} is {p.grad.layout}")
+def check_gradient(p: Tensor, grad: Tensor) -> None:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(f"gradients must be dense; that of a parameter of shape {tuple(p.shape)} is {grad.layout}")

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,12 +46,18 @@ class Slot(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Elements `start` to `stop` of a parameter, and their states, a flat tensor per slot."""
+    """Elements `start` to `stop` of parameter number `index`, and their states, a flat tensor per slot."""
 
-    parameter: Tensor
+    index: int
     start: int
     stop: int
+    whole: bool
+    """Whether these are all elements."""
     states: tuple[Tensor, ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The elements out of a contiguous tensor of the parameter's shape."""
+        return tensor if self.whole else tensor.view(-1)[self.start : self.stop]
 
 
 class Store:
@@ -64,6 +70,7 @@ class Store:
             raise ValueError(f"the parameters of one {owner} must be on one device, not on {' and '.join(devices)}")
         self.parameters, self.slots = tuple(parameters), tuple(slots)
         self.indices = {p: index for index, p in enumerate(parameters)}
+        self.steps = torch.zeros(len(parameters), device="cpu")  # float32, as torch counts them
         sizes = [round_up(p.numel(), ALIGNMENT) for p in parameters]
         *self.starts, self.total = accumulate(sizes, initial=0)
         lengths = [round_up(slot.nbytes(self.total), SLOT_ALIGNMENT) for slot in slots]
@@ -84,9 +91,10 @@ class Store:
         return all(p in self.indices and p.device == self.memory.device for p in parameters)
 
     def states(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The states of a parameter by the names of their slots, in their shapes."""
-        start = self.starts[self.indices[parameter]]
-        return {slot.name: self.entries(slot, start, slot.shape(parameter.shape)) for slot in self.slots}
+        """How many steps a parameter has made, and its states by the names of their slots, in their shapes."""
+        index = self.indices[parameter]
+        states = {slot.name: self.entries(slot, self.starts[index], slot.shape(parameter.shape)) for slot in self.slots}
+        return {"step": self.steps[index], **states}
 
     def visit(self) -> Iterator[list[Piece]]:
         """The pieces of one window after the other, each when its states may be touched."""
@@ -103,12 +111,12 @@ class Store:
         self.begun.add(parameter)
         return states
 
-    def fill(self, sources: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    def fill(self, sources: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Copy the states of parameters into their places."""
         self.prefetch()
         for parameter, source in sources.items():
             for name, state in self.states(parameter).items():
-                state.copy_(source[name])
+                state.copy_(torch.as_tensor(source[name]))
         self.begun |= sources.keys()
 
     def evict(self) -> None:
@@ -152,14 +160,14 @@ class Store:
         """What of which parameters lies in a window."""
         pieces = []
         for index in range(bisect_right(self.starts, start) - 1, len(self.parameters)):
-            own, parameter = self.starts[index], self.parameters[index]
+            own, length = self.starts[index], self.parameters[index].numel()
             if own >= stop:
                 break
-            first, last = max(start - own, 0), min(stop - own, parameter.numel())
+            first, last = max(start - own, 0), min(stop - own, length)
             if first < last:
                 shapes = [(-(-(last - first) // slot.per),) for slot in self.slots]
                 states = [self.entries(slot, own + first, s) for slot, s in zip(self.slots, shapes, strict=True)]
-                pieces.append(Piece(parameter, first, last, tuple(states)))
+                pieces.append(Piece(index, first, last, last - first == length, tuple(states)))
         return pieces
 
 
