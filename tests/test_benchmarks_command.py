@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qlora
-from benchmarks import correctness, device_run, kernels, training
+from benchmarks import correctness, device_run, kernels, memory, training
 from benchmarks.command import parse_sizes
 from kernels.launch import Launch
 from models.device import multiplies_bfloat16
@@ -238,13 +238,14 @@ def test_sizes_are_outputs_by_inputs():
 
 def test_the_script_for_a_lent_gpu_writes_a_file_for_each_part(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
+    monkeypatch.setattr(memory, "measured_apart", lambda setting: {"optimizer": setting.optimizer})
     assert device_run.main(["--out", str(tmp_path / "r"), "--device", "cpu", "--quick", "--commit", "abc"]) == 0
-    for name in ("correctness", "kernels", "updates", "training"):
+    for name in ("correctness", "kernels", "updates", "training", "memory"):
         found = json.loads((tmp_path / "r" / f"{name}.json").read_text())
         assert found.keys() >= PROVENANCE
         assert (found["benchmark"], found["commit"], found["failures"]) == (name, "abc", [])
         assert found["rows"]
-    assert capsys.readouterr().out.count("wrong: nothing") == 4
+    assert capsys.readouterr().out.count("wrong: nothing") == 5
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
@@ -252,6 +253,7 @@ def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
+    monkeypatch.setattr(memory, "measured_apart", lambda setting: {"optimizer": setting.optimizer})
     monkeypatch.setattr(kernels, "measure", broken)
     assert device_run.main(["--out", str(tmp_path), "--device", "cpu", "--quick"]) == 1
     assert "no such kernel" in json.loads((tmp_path / "kernels.json").read_text())["failures"][0]
