@@ -78,8 +78,13 @@ def test_states_that_are_thrown_away_begin_at_zero(cls):
     steps(optimizer, 2, start=20)
     steps(anew, 2, start=20)
     assert states_equal(optimizer, anew)
+    optimizer.load_state_dict(anew.state_dict())
     del optimizer.state[params[0]]
     steps(optimizer, 1, start=22)
+    alone = cls(parameters(SHAPES[:1]), lr=0.0)
+    alone.param_groups[0]["params"][0].grad = params[0].grad
+    alone.step()
+    assert torch.equal(optimizer.state[params[0]]["exp_avg"], alone.state_dict()["state"][0]["exp_avg"])
     state = optimizer.state_dict()["state"]
     assert [float(state[i]["step"]) for i in range(3)] == [1, 3, 3]
 
@@ -184,6 +189,20 @@ def test_a_late_parameter_begins_at_its_own_first_step_and_disturbs_no_other(cls
 
 
 @every_class
+def test_parameters_of_one_group_may_be_at_different_steps(cls):
+    params = parameters([(300,), (300,)])
+    optimizer = cls(params, lr=1e-2)
+    for number in range(3):
+        params[0].grad = torch.randn(300, generator=torch.Generator().manual_seed(number))
+        params[1].grad = params[0].grad if number == 2 else None  # its first step, and the other's third
+        optimizer.step()
+    first = cls(parameters([(300,), (300,)])[1:], lr=1e-2)
+    first.param_groups[0]["params"][0].grad = params[1].grad
+    first.step()
+    assert torch.equal(params[1], first.param_groups[0]["params"][0])
+
+
+@every_class
 def test_a_parameter_that_is_frozen_at_first_is_taken_in_when_it_thaws(cls):
     params = parameters()
     params[0].requires_grad_(False)
@@ -250,6 +269,20 @@ def test_a_zero_gradient_never_moves_a_parameter(cls):
         optimizer.step()
     assert torch.equal(p[100:300], before[100:300])
     assert (p[:100] != before[:100]).float().mean() > 0.5  # Lion, in steps of one length, may come back
+
+
+def test_lion_is_that_of_its_paper():
+    (p,) = params = parameters([(500,)])
+    optimizer = Lion(params, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    expected, m = p.detach().double(), torch.zeros(500, dtype=torch.float64)
+    for number in range(20):
+        give_gradients(params, number)
+        optimizer.step()
+        assert p.grad is not None
+        g = p.grad.double()
+        expected = expected - 1e-2 * ((0.9 * m + 0.1 * g).sign() + 0.1 * expected)
+        m = 0.99 * m + 0.01 * g
+    torch.testing.assert_close(p.detach().double(), expected, rtol=1e-6, atol=1e-6)
 
 
 # Conversions

@@ -196,6 +196,33 @@ def test_growing_takes_the_states_along_and_frees_the_old_memory(standin):
     optimizer.close()
 
 
+def test_parameters_whose_gradients_come_late_find_room_in_the_memory_that_is_there(standin):
+    params = parameters()
+    optimizer = paged(PagedAdamW, standin, params)
+    give_gradients(params[:1], 0)
+    optimizer.step()
+    steps(optimizer, 1, start=1)
+    assert standin.report().allocations == 1
+    optimizer.close()
+
+
+def test_old_memory_that_cannot_be_freed_is_told(standin):
+    params = parameters()
+    optimizer = paged(PagedAdamW, standin, params[:2])
+    steps(optimizer, 1)
+    optimizer.add_param_group({"params": params[2:]})
+    standin.fail("cudaFree")
+    with pytest.raises(CudaError, match="cudaFree failed"):
+        steps(optimizer, 1, start=1)
+    steps(optimizer, 1, start=1)  # in the new memory, with the old states
+    alone = parameters()
+    other = AdamW(alone[:2], lr=1e-2)
+    steps(other, 1)
+    other.add_param_group({"params": alone[2:]})
+    assert equal(steps(other, 1, start=1), params)
+    optimizer.close()
+
+
 @pytest.mark.parametrize("change", ["grow", "load", "reset"])
 def test_evicted_states_are_read_and_replaced_like_others(standin, change):
     params, alone = parameters(), parameters()

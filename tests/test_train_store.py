@@ -87,6 +87,15 @@ def test_parameters_on_two_devices_are_refused():
         Store("AdamW", params, AdamW.slots, None)
 
 
+def test_parameters_that_have_moved_are_no_longer_covered():
+    params = parameters([(3,), (4,)])
+    store = Store("AdamW", params, AdamW.slots, None)
+    assert store.covers(params)
+    assert not store.covers([*params, *parameters([(3,)])])
+    store.memory.device = torch.device("meta")  # as if the parameters had left it
+    assert not store.covers(params)
+
+
 def test_a_window_without_bytes_is_refused():
     with pytest.raises(ValueError, match="window_bytes must be at least 1, not 0"):
         Paging(window_bytes=0)

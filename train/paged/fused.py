@@ -146,7 +146,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         store = self.new_store([*wanted, *params, *self.state])
         self.prefetch()
         store.fill(self.state)
-        self.take(store, self.state)
+        self.take(store, list(self.state))  # and no one holds the old ones
 
     def new_store(self, params: Iterable[Tensor]) -> Store:
         return Store(type(self).__name__, list(dict.fromkeys(params)), self.slots, self.paging)
@@ -247,7 +247,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             store.fill({p: self.converted(s) for p, s in incoming.items()})
         super().__setstate__({**state, "state": defaultdict(dict)})
         if store is not None:
-            self.take(store, incoming)
+            self.take(store, list(incoming))
 
     def check_state(self, position: int | None, p: Any, state: Mapping[str, Any]) -> None:
         """Refuse a state that is not one of this optimizer for this parameter."""
