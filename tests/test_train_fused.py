@@ -371,6 +371,7 @@ def broken(change):
         (lambda s: s["state"][0].update(max_exp_avg_sq=torch.ones(4)), "but exp_avg, exp_avg_sq, max_exp_avg_sq came"),
         (lambda s: s["state"][0].update(exp_avg=torch.ones(5)), r"exp_avg must be torch.float32 of shape \(4,\), not torch.float32 of \(5,\)"),  # noqa: E501
         (lambda s: s["state"][0].update(exp_avg=torch.ones(4, dtype=torch.uint8)), "must be torch.float32 of shape"),
+        (lambda s: s["state"][0].update(exp_avg=[0.0] * 4), "must be torch.float32 of shape .*, not list"),
         (lambda s: s["state"][0].update(step=torch.tensor(-1.0)), "step must be a whole number and not negative"),
         (lambda s: s["state"][0].update(step=1.5), "step must be a whole number"),
         (lambda s: s["state"][0].pop("step"), "step must be a whole number and not negative, not None"),
@@ -392,6 +393,15 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing(change, m
     assert after["param_groups"] == before["param_groups"]
     for key, state in before["state"].items():
         assert all(torch.equal(after["state"][key][name], state[name]) for name in state)
+
+
+def test_codes_of_another_type_are_refused():
+    optimizer = AdamW8bit(parameters([(4,)]))
+    steps(optimizer, 1)
+    saved = optimizer.state_dict()
+    saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].long()
+    with pytest.raises(ValueError, match=r"exp_avg must be torch.uint8 of shape \(4,\), not torch.int64 of \(4,\)"):
+        optimizer.load_state_dict(saved)
 
 
 def test_lion_does_not_take_adamws_states():

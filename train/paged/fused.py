@@ -265,8 +265,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{where}: {type(self).__name__} keeps {own}, but {came} came")
         for slot in form:
             value, shape = state[slot.name], slot.shape(p.shape)
-            if tuple(value.shape) != shape or value.is_floating_point() != slot.dtype.is_floating_point:
-                came = f"{value.dtype} of {tuple(value.shape)}"
+            if not (isinstance(value, Tensor) and tuple(value.shape) == shape and alike(value.dtype, slot.dtype)):
+                came = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{where}: {slot.name} must be {slot.dtype} of shape {shape}, not {came}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -295,6 +295,11 @@ class Kept:
 
 def kept(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": {k: Kept(state) for k, state in state_dict["state"].items()}}
+
+
+def alike(given: torch.dtype, kept: torch.dtype) -> bool:
+    """Whether a value of one type may be stored in the other: codes only as they are, numbers of any width."""
+    return given == kept or (given.is_floating_point and kept.is_floating_point)
 
 
 def check_gradient(p: Tensor, grad: Tensor) -> None:
