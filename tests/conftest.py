@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
@@ -18,3 +19,12 @@ if os.environ.get("QLORA_TEST_SHAPES") != "unchecked":  # torch.compile cannot t
 
 settings.register_profile("qlora", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("qlora")
+
+
+@pytest.fixture(params=[12080, 13000])  # one of each signature
+def cuda(request):
+    """A CUDA runtime over malloc, of its own for each test; at the end nothing may be left in it."""
+    from tests.standin import fresh  # below the hook: it imports what is checked
+
+    with fresh(request.param) as standin:
+        yield standin

@@ -21,12 +21,6 @@ MiB = 2**20
 REAL = [major for major, (_, path) in WHEELS.items() if in_site_packages(path)]
 
 
-@pytest.fixture(params=VERSIONS)
-def cuda(request: pytest.FixtureRequest) -> Iterator[Standin]:
-    with fresh(request.param) as standin:
-        yield standin
-
-
 @pytest.fixture
 def pointer(cuda: Standin) -> Iterator[int]:
     made = cuda.runtime.malloc_managed(MiB)
