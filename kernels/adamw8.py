@@ -16,7 +16,7 @@ from kernels.adamw import adamw_step, device_of, shipped_by_dtype
 from kernels.dynamic_buckets import bucket_tables
 from kernels.launch import Launch, Shipped
 from kernels.table_row import DTYPES, TABLES, tensor, this_row, this_tile
-from kernels.tensor_lists import accepts, grouped, launches
+from kernels.tensor_lists import STATES_8BIT, accepts, grouped, launches
 from kernels.updates import AdamWNumbers, Tensors
 from nf4.dynamic import map_on
 
@@ -40,12 +40,8 @@ def adamw_8bit(
     numbers: Sequence[AdamWNumbers],
 ) -> None:
     """The same with states of 8 bits: signed entries for the mean of gradients, unsigned ones for that of squares."""
-    states = {
-        "exp_avgs": exp_avgs,
-        "exp_avg_absmaxes": exp_avg_absmaxes,
-        "exp_avg_sqs": exp_avg_sqs,
-        "exp_avg_sq_absmaxes": exp_avg_sq_absmaxes,
-    }
+    lists = exp_avgs, exp_avg_absmaxes, exp_avg_sqs, exp_avg_sq_absmaxes
+    states = dict(zip(STATES_8BIT, lists, strict=True))
     groups, device = grouped(params, grads, states, numbers, eight_bits=True), device_of(params)
     for group, table, rows, tiles in launches(groups, ADAMW8.constants["BLOCKS"] * updates.STATE_BLOCK, device):
         dtypes = {"PARAM": DTYPES[group.param_dtype], "GRAD": DTYPES[group.grad_dtype]}

@@ -15,7 +15,7 @@ from kernels import tensor_lists
 from kernels.cpu import DTYPES, loaded, threads
 from kernels.cpu_build import DynamicMap, library
 from kernels.dynamic_buckets import BUCKETS, LOWEST, bucket_tables
-from kernels.tensor_lists import Group, grouped
+from kernels.tensor_lists import STATES_8BIT, Group, grouped
 from kernels.updates import AdamWNumbers, LionNumbers, Tensors
 from nf4.dynamic import map_on
 
@@ -43,12 +43,8 @@ def adamw_8bit(
     numbers: Sequence[AdamWNumbers],
 ) -> None:
     """The same with states of 8 bits: signed entries for the mean of gradients, unsigned ones for that of squares."""
-    states = {
-        "exp_avgs": exp_avgs,
-        "exp_avg_absmaxes": exp_avg_absmaxes,
-        "exp_avg_sqs": exp_avg_sqs,
-        "exp_avg_sq_absmaxes": exp_avg_sq_absmaxes,
-    }
+    lists = exp_avgs, exp_avg_absmaxes, exp_avg_sqs, exp_avg_sq_absmaxes
+    states = dict(zip(STATES_8BIT, lists, strict=True))
     for group in grouped(params, grads, states, numbers, eight_bits=True):
         loaded().adamw_8bit(*handed(group), maps()[0], threads())
 

@@ -21,6 +21,7 @@ ROW = struct.Struct(f"=q{ADDRESSES}q8f")
 WORDS = ROW.size // 8
 NUMBERS = 1 + ADDRESSES  # the word at which the numbers begin, two in each
 ALIGNMENT = 16  # bytes that a GPU loads at once
+STATES_8BIT = ("exp_avgs", "exp_avg_absmaxes", "exp_avg_sqs", "exp_avg_sq_absmaxes")
 
 Numbers = AdamWNumbers | LionNumbers
 
