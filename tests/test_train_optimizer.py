@@ -5,7 +5,7 @@ import torch
 
 from models.errors import ConfigError
 from train.optimizer import NAMES, OptimizerConfig, make_optimizer, set_learning_rate
-from train.paged import AdamW, AdamW8bit, Lion, PagedAdamW, PagedAdamW8bit
+from train.paged import AdamW, AdamW8bit, Lion, PagedAdamW, PagedAdamW8bit, Paging
 
 
 def adapter():
@@ -86,3 +86,13 @@ def test_oversubscription_reaches_the_paged_and_is_refused_for_others():
     assert optimizer.paging.allow_oversubscription
     with pytest.raises(ValueError, match="allow_oversubscription is for paged optimizers, and lion is none"):
         OptimizerConfig(name="lion", allow_oversubscription=True)
+
+
+@pytest.mark.parametrize("cls", [PagedAdamW, PagedAdamW8bit])
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("setting", [None, False, True])
+def test_oversubscription_is_allowed_if_the_flag_or_the_paging_says_so(cls, flag, setting):
+    paging = None if setting is None else Paging(allow_oversubscription=setting, window_bytes=7)
+    made = cls([torch.nn.Parameter(torch.ones(1))], allow_oversubscription=flag, paging=paging).paging
+    assert made.allow_oversubscription == (flag or bool(setting))
+    assert made.window_bytes == (Paging().window_bytes if paging is None else 7)

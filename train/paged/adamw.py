@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,8 +91,9 @@ class PagedAdamW(AdamW):
         allow_oversubscription: bool = False,
         paging: Paging | None = None,
     ) -> None:
-        """`paging` says more than `allow_oversubscription` alone does."""
-        paging = paging or Paging(allow_oversubscription=allow_oversubscription)
+        """`paging` has other settings; oversubscription is allowed if either says so."""
+        paging = paging or Paging()
+        paging = replace(paging, allow_oversubscription=allow_oversubscription or paging.allow_oversubscription)
         super().__init__(params, lr, betas, eps, weight_decay, paging=paging)
 
 
