@@ -25,6 +25,7 @@ from benchmarks import targets
 from benchmarks.timing import interleaved, stopwatch
 from models.config import LlamaConfig
 from models.linear import NF4Linear
+from train.data.batches import Batch
 from train.memory import peak_memory_bytes
 from train.optimizer import Name, OptimizerConfig, make_optimizer
 from train.step import update
@@ -120,7 +121,7 @@ class Stepper:
 
     def __call__(self) -> float:
         self.number += 1
-        return update(self.model, self.parameters, self.optimizer, [self.batch], self.number, 0.3).loss
+        return update(self.model, self.parameters, self.optimizer, [Batch(self.batch)], self.number, 0.3).loss
 
 
 def ours(setting: Setting) -> models.Llama:

@@ -1,6 +1,6 @@
 """Loss on examples that training did not see, over the same labels that training would learn from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ class HeldOut:
 
 
 @torch.inference_mode()
-def held_out_loss(model: Model, batches: Iterable[dict[str, Tensor]]) -> HeldOut:
+def held_out_loss(model: Model, batches: Iterable[Mapping[str, Tensor]]) -> HeldOut:
     """The mean over all label tokens of all batches, in evaluation mode; the mode is restored."""
     training = model.training
     model.eval()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.batches import IGNORED, Batches, Tokenized
+from train.data.batches import IGNORED, Batches, Tokenized
 
 # Plain numbers: beartype's checks draw from the global generator, which hypothesis forbids to strategies.
 sizes = st.lists(st.integers(2, 9), min_size=1, max_size=30)
@@ -32,7 +32,7 @@ def test_an_epoch_has_every_example_once_in_batches_of_a_fixed_size(sizes, order
     batches = Batches(examples, pad_id=0, **order)
     rows = batches.order(epoch)
     assert sorted(i for row in rows for i in row) == list(range(len(examples)))
-    assert len(rows) == len(batches)
+    assert len(rows) == batches.count(epoch)
     assert sum(len(row) != order["batch_size"] for row in rows) <= 1
 
 
@@ -55,7 +55,7 @@ def test_starting_at_a_batch_equals_skipping_those_before(sizes, order, start):
     skipped, started = list(batches.epoch(2))[start:], list(batches.epoch(2, start))
     assert len(skipped) == len(started)
     for a, b in zip(skipped, started, strict=True):
-        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert all(torch.equal(a.inputs[key], b.inputs[key]) for key in a.inputs)
 
 
 def test_seeds_and_epochs_change_the_order_and_no_seed_keeps_the_files():
@@ -70,7 +70,7 @@ def test_grouping_by_length_saves_padding(seed):
     draw = random.Random(0)
     examples = [Tokenized([1] * n, [1] * n, "") for n in (draw.randint(2, 100) for _ in range(400))]
     padded = [
-        sum(b["input_ids"].numel() for b in Batches(examples, 8, 0, seed, group_by_length=grouped).epoch(0))
+        sum(b.inputs["input_ids"].numel() for b in Batches(examples, 8, 0, seed, group_by_length=grouped).epoch(0))
         for grouped in (False, True)
     ]
     real = sum(len(e.input_ids) for e in examples)
@@ -91,5 +91,5 @@ def test_an_impossible_batch_size_is_refused():
 
 def test_grouped_batches_come_in_no_order_of_length():
     examples = made(range(2, 202))
-    widths = [batch["input_ids"].shape[1] for batch in Batches(examples, 4, 0, 5, group_by_length=True).epoch(0)]
+    widths = [batch.inputs["input_ids"].shape[1] for batch in Batches(examples, 4, 0, 5, group_by_length=True).epoch(0)]
     assert widths not in (sorted(widths), sorted(widths, reverse=True))

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from models.errors import ConfigError, DataError
 from models.tokenizer import Tokenizer
-from train.batches import IGNORED, Tokenized, collate
-from train.data import DataConfig, load_data, padding_id, preview, split, tokenize
-from train.formats import FORMATS, Example, read_examples
+from train.data.batches import IGNORED, Tokenized, collate
+from train.data.dataset import DataConfig, load_data, padding_id, preview, split, tokenize
+from train.data.formats import FORMATS, Example, read_examples
 
 BOS, EOS, START, END = 256, 257, 258, 259
 DEMO = Path(__file__).parent.parent / "train" / "demo_data" / "oasst1_english.jsonl"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import ConfigError, DataError
-from train.formats import ALPACA, ALPACA_INPUT, FORMATS, read_examples, turns
+from train.data.formats import ALPACA, ALPACA_INPUT, FORMATS, read_examples, turns
 
 # No half surrogate pairs (UTF-8 has none), and no marks of Guanaco's form.
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="#"), max_size=20)

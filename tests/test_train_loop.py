@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.errors import ConfigError, DataError, NonFiniteError
+from train.data.batches import Batch
 from train.interrupt import Interrupt
-from train.loop import Batches, LoopConfig, LoopState, train
+from train.loop import BatchSource, LoopConfig, LoopState, train
 from train.optimizer import OptimizerConfig
 from train.progress import Progress
 from train.run import Run, read_metrics
@@ -44,13 +45,13 @@ class Toy(nn.Module):
         return int((labels[:, 1:] != -100).sum())
 
 
-class Rows(Batches):
+class Rows(BatchSource):
     """Rows of ids in micro-batches, shuffled anew in each epoch."""
 
     def __init__(self, rows, size=1, shuffle=True):
         self.rows, self.size, self.shuffle = rows, size, shuffle
 
-    def __len__(self):
+    def count(self, number):
         return -(-len(self.rows) // self.size)
 
     def epoch(self, number, start=0):
@@ -69,7 +70,7 @@ def collate(rows):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
         labels[i, source : len(row)] = ids[i, source : len(row)]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return Batch({"input_ids": ids, "attention_mask": mask, "labels": labels})
 
 
 def some_rows(number, seed=0):
@@ -98,7 +99,7 @@ def a_run(
     seed_everything(seed)
     model = model or Toy()
     if held_out:
-        options["eval_fn"] = lambda: evaluated(model, held_out)
+        options["eval_fn"] = lambda step: evaluated(model, held_out)
     run = Run.create(tmp_path / name, config)
     return (
         train(model, Rows(ROWS) if batches is None else batches, config, run, quiet=quiet, **options),
@@ -109,7 +110,7 @@ def a_run(
 
 def evaluated(model, rows):
     """Held-out loss as the caller gives it to the loop; the model goes back to training."""
-    batch = collate(rows)
+    batch = collate(rows).inputs
     model.eval()
     with torch.no_grad():
         loss = model.loss(**batch).item()
@@ -240,7 +241,7 @@ def test_evaluating_does_not_change_the_training(tmp_path):
 def test_an_evaluation_that_leaves_dropout_off_does_not_leave_it_off_in_training(tmp_path):
     model = Toy()
 
-    def careless():
+    def careless(step):
         model.eval()
         return {"loss": 1.0}
 
@@ -357,7 +358,7 @@ def test_a_loss_or_gradient_that_is_no_number_stops_before_anything_moved(tmp_pa
 
 def test_a_held_out_loss_that_is_no_number_stops(tmp_path):
     with pytest.raises(NonFiniteError, match="the held-out loss after step 0 is nan"):
-        a_run(tmp_path, eval_fn=lambda: {"loss": float("nan")})
+        a_run(tmp_path, eval_fn=lambda step: {"loss": float("nan")})
 
 
 def test_a_trainable_parameter_that_the_loss_does_not_reach_is_named(tmp_path):
@@ -383,7 +384,7 @@ def test_data_without_batches_or_labels_is_refused(tmp_path):
 
 def test_an_epoch_that_turns_out_empty_is_refused(tmp_path):
     class Promising(Rows):
-        def __len__(self):
+        def count(self, number):
             return 3
 
     with pytest.raises(DataError, match="epoch 0 has no batch to train on"):

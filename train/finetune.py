@@ -14,8 +14,8 @@ from models.device import pick_device, pick_dtype
 from models.llama import causal
 from models.precision import parts_in_memory, statement
 from models.tokenizer import Tokenizer, load_tokenizer
-from train.batches import Batches
 from train.data import Dataset, load_data, padding_id, preview
+from train.data.batches import Batches
 from train.loop import TrainResult, train
 from train.recipe import RunConfig
 from train.run import Run
@@ -43,10 +43,10 @@ class Finetuning:
     data: Dataset
     run: Run
 
-    def held_out(self) -> dict[str, float]:
+    def held_out(self, step: int) -> dict[str, float]:
         """Loss on the examples held out; the loop writes it down before, during and after training."""
         batches = Batches(self.data.held_out, self.config.batch_size, padding_id(self.tokenizer), group_by_length=True)
-        result = held_out_loss(self.model, batches.epoch(0))
+        result = held_out_loss(self.model, (batch.inputs for batch in batches.epoch(0)))
         return {"loss": result.loss, "labels": result.tokens}
 
     def train(self) -> TrainResult:

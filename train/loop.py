@@ -5,7 +5,7 @@ What the loop itself has to remember from one step to the next is one small obje
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import nn
 
 from models.errors import ConfigError, DataError, NonFiniteError
+from train.data.batches import Batch
 from train.interrupt import Interrupt
 from train.memory import peak_memory_bytes
 from train.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
@@ -21,15 +22,19 @@ from train.plot import plot_runs
 from train.progress import Progress
 from train.run import Run
 from train.schedule import learning_rate
-from train.step import Batch, update
+from train.step import update
 
 
 @runtime_checkable
-class Batches(Sized, Protocol):
-    """Micro-batches in an order that the epoch's number alone decides; len() is their number in an epoch."""
+class BatchSource(Protocol):
+    """Micro-batches in an order that the epoch's number, counted from 0, alone decides."""
+
+    def count(self, number: int) -> int:
+        """Say how many micro-batches an epoch has."""
+        ...
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Give the micro-batches of an epoch, counted from 0, from position `start` on."""
+        """Give the micro-batches of an epoch from position `start` on."""
         ...
 
 
@@ -87,7 +92,7 @@ class TrainResult:
     loss: float | None
     """Training loss of the last step; None if there was none."""
     evaluations: tuple[dict[str, int | float], ...] = ()
-    """What eval_fn gave, each with its step; first and last are before and after training."""
+    """What eval_fn gave after each step that it was called with; first and last are before and after training."""
     seconds: float = 0.0
     peak_memory: int = 0
     """In bytes; of tensors on a CUDA device, of the whole process on a CPU."""
@@ -101,11 +106,11 @@ class TrainResult:
 
 def train(
     model: Any,
-    batches: Batches,
+    batches: BatchSource,
     config: LoopConfig,
     run: Run,
     *,
-    eval_fn: Callable[[], dict[str, int | float]] | None = None,
+    eval_fn: Callable[[int], dict[str, int | float]] | None = None,
     state: LoopState | None = None,
     quiet: bool = False,
 ) -> TrainResult:
@@ -122,14 +127,14 @@ def train(
     with run, ExitStack() as stack:
         parameters = trainable(model)
         device = next(iter(parameters.values())).device
-        total = total_steps(config, len(batches))
+        total = total_steps(config, batches)
         optimizer = stack.enter_context(make_optimizer(parameters, config.optimizer))  # its memory goes with the block
         clip = config.optimizer.max_grad_norm
         progress = Progress(total, done=state.step, every=config.log_every, quiet=quiet, write=run.log)
 
         def evaluate() -> None:
             if eval_fn:
-                values = eval_fn()
+                values = eval_fn(state.step)
                 model.train()
                 if not math.isfinite(values["loss"]):
                     raise NonFiniteError(f"the held-out loss after step {state.step} is {values['loss']}")
@@ -187,17 +192,23 @@ def trainable(model: Any) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def total_steps(config: LoopConfig, batches_per_epoch: int) -> int:
+def total_steps(config: LoopConfig, batches: BatchSource) -> int:
     """Give the number of steps; an epoch ends with a smaller one where accumulation does not divide it."""
-    if batches_per_epoch < 1:
+    if batches.count(0) < 1:
         raise DataError("there is no batch to train on; check the data file and data.eval_size")
     if config.max_steps is not None:
         return config.max_steps
     assert config.epochs is not None
-    return math.ceil(config.epochs * math.ceil(batches_per_epoch / config.accumulation))
+
+    def steps(epoch: int) -> int:
+        return math.ceil(batches.count(epoch) / config.accumulation)
+
+    whole = math.floor(config.epochs)
+    rest = config.epochs - whole
+    return sum(steps(epoch) for epoch in range(whole)) + (math.ceil(round(rest * steps(whole), 6)) if rest else 0)
 
 
-def accumulated(batches: Batches, accumulation: int, state: LoopState, total: int) -> Iterator[list[Batch]]:
+def accumulated(batches: BatchSource, accumulation: int, state: LoopState, total: int) -> Iterator[list[Batch]]:
     """Give the micro-batches of each step, from where the state is, moving its position on.
 
     A step never spans two epochs.

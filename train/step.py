@@ -6,15 +6,14 @@ answer more than one of a long answer.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.errors import ConfigError, DataError, NonFiniteError
-
-Batch = Mapping[str, Tensor]  # what model.loss takes: input_ids, attention_mask, labels
+from train.data.batches import Batch
 
 
 class Step(NamedTuple):
@@ -40,7 +39,7 @@ def update(
     A loss or gradient that is not finite is refused before any parameter has moved.
     """
     device = next(iter(parameters.values())).device
-    counts = [int(model.label_count(batch["labels"])) for batch in micro_batches]
+    counts = [int(model.label_count(batch.inputs["labels"])) for batch in micro_batches]
     labels = sum(counts)
     if not labels:
         raise DataError(f"step {number}: none of its {len(micro_batches)} batches has a label token to learn from")
@@ -48,8 +47,7 @@ def update(
     loss = torch.zeros((), device=device)
     for batch, count in zip(micro_batches, counts, strict=True):
         if count:  # the mean over no label would be nan
-            moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            part = model.loss(**moved).float() * (count / labels)
+            part = model.loss(**batch.to(device).inputs).float() * (count / labels)
             part.backward()
             loss += part.detach()
 
@@ -57,7 +55,7 @@ def update(
         check_all_reached(parameters)
     gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    step = Step(loss.item(), norm.item(), labels, sum(map(token_count, micro_batches)))
+    step = Step(loss.item(), norm.item(), labels, sum(batch.tokens for batch in micro_batches))
     if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
         raise NonFiniteError(non_finite(number, step, parameters))
 
@@ -65,11 +63,6 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return step
-
-
-def token_count(batch: Batch) -> int:
-    """Count the tokens that the model reads, without padding."""
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
 def check_all_reached(parameters: dict[str, nn.Parameter]) -> None:

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from models.errors import ConfigError, DataError
-from train.records import Record, kind, records
+from train.data.records import Record, kind, records
 
 Message = dict[str, str]
 
@@ -24,7 +24,7 @@ SHOWN = 5  # problems that a refusal lists; it gives the number of the others
 class Example:
     """One thing to learn: a conversation, and its plain form where the layout has one."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
     """Turns in order, each with a role (system, user, assistant) and content."""
     prompt: str | None = None
     """The plain text before the response."""
@@ -32,13 +32,17 @@ class Example:
     """The plain text to learn."""
     last_only: bool = False
     """Of a conversation, learn only the last answer: the ones before are context."""
+    texts: tuple[str, ...] = ()
+    """One text or two, to be given a label."""
+    label: int | float | None = None
+    """The number of their class, or a number itself."""
     where: str = ""
     """File and line, for messages."""
 
     @property
     def opening(self) -> str:
         """What the conversation begins with, up to its first answer."""
-        asked = (m["content"] for m in self.messages[: self.first_answer])
+        asked = [m["content"] for m in self.messages[: self.first_answer]] if self.messages else self.texts
         return "\n".join(asked)
 
     @property

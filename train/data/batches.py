@@ -18,6 +18,26 @@ POOL = 50  # batches that are sorted by length together
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Some examples put together."""
+
+    inputs: dict[str, Tensor]
+    """What model.loss takes: input_ids, attention_mask, labels."""
+    where: tuple[str, ...] = ()
+    """File and line of each example in it."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model reads, padding not counted."""
+        mask = self.inputs.get("attention_mask")
+        return self.inputs["input_ids"].numel() if mask is None else int((mask != 0).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on another device."""
+        return Batch({name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}, self.where)
+
+
+@dataclass(frozen=True)
 class Tokenized:
     """One example as the model sees it."""
 
@@ -54,13 +74,15 @@ class Batches:
         self.examples, self.batch_size, self.pad_id = examples, batch_size, pad_id
         self.seed, self.group_by_length = seed, group_by_length
 
-    def __len__(self) -> int:
+    def count(self, number: int) -> int:
+        """How many batches an epoch has."""
         return -(-len(self.examples) // self.batch_size)
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, counted from 0; from the batch `start` on without making those before."""
         for rows in self.order(number)[start:]:
-            yield collate([self.examples[i] for i in rows], self.pad_id)
+            examples = [self.examples[i] for i in rows]
+            yield Batch(collate(examples, self.pad_id), tuple(example.where for example in examples))
 
     def order(self, number: int) -> list[list[int]]:
         """Which examples each batch of an epoch holds: every example once."""

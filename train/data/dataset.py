@@ -22,8 +22,8 @@ from typing import Any, Literal
 from models.chat import render_chat
 from models.errors import ConfigError, DataError
 from models.tokenizer import Tokenizer
-from train.batches import IGNORED, Tokenized
-from train.formats import Example, read_examples
+from train.data.batches import IGNORED, Tokenized
+from train.data.formats import Example, read_examples
 
 
 @dataclass(frozen=True, kw_only=True)

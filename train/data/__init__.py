@@ -1,0 +1,5 @@
+"""Data: from files of records to batches of tokens, and what of them is learned."""
+
+from train.data.dataset import DataConfig, Dataset, load_data, padding_id, preview
+
+__all__ = ["DataConfig", "Dataset", "load_data", "padding_id", "preview"]
