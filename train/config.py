@@ -1,8 +1,9 @@
 """Settings: one frozen dataclass is the TOML file, the flags, the help and the record of a run.
 
-Values come from the dataclass's defaults, then from TOML files (a later file wins), then from dotted flags.
-Flags are tyro's: the docstring under a field is its help. The config is built only when all three are read,
-so that every value that a `__post_init__` refuses is listed, with the file or the flag it came from.
+Values come from the dataclass's defaults, then from presets if the class has any, then from TOML files (a later
+file wins), then from dotted flags. Flags are tyro's: the docstring under a field is its help. The config is built
+only when all are read, so that every value that a `__post_init__` refuses is listed, with the preset, the file or
+the flag it came from.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from models.errors import ConfigError
-from train.toml import Values, read_files, to_toml
+from train.preset import preset_layers, with_presets
+from train.qlora_names import translation
+from train.toml import Layer, Values, all_keys, load_table, merge, to_toml
 
 __all__ = ["parse", "read_config", "to_toml"]
 
@@ -23,20 +26,26 @@ C = TypeVar("C")
 
 
 def parse(cls: type[C], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str = "") -> C:
-    """Give the config that the flags, and the files named by `--config`, ask for.
+    """Give the config that the flags, the files named by `--config` and the presets ask for.
 
     An unknown flag or a value of the wrong type ends the process with exit code 2 and a suggestion on stderr;
     everything else that is wrong is one ConfigError. `--lora.rank-pattern` and its like, when given, replace
-    what a file says.
+    what a file says. `--print-config` prints the config with the origin of each value, and ends the process.
     """
     import tyro
 
-    files = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    files.add_argument("--config", action="append", default=[], metavar="FILE")
-    given, flags = files.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    values, origins, problems = read_files(cls, [Path(path) for path in given.config])
+    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[], metavar="FILE")
+    first.add_argument("--print-config", action="store_true")
+    note = "--config FILE reads a TOML file, whose values become the defaults below; a later one wins. "
+    note += "--print-config prints all settings, each with where it comes from, and ends."
+    if presets_of(cls):
+        first.add_argument("--preset", action="append", default=[], metavar="NAME")
+        note += " --preset NAME lays shipped settings under those files (qlora list presets)."
+    given, flags = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    values, origins, problems = read_sources(cls, getattr(given, "preset", []), given.config)
+    problems += foreign_flags(cls, flags)
 
-    note = "--config FILE reads a TOML file, whose values become the defaults below; a later one wins."
     start = as_defaults(cls, values, tyro.MISSING)
     try:
         chosen: Any = tyro.cli(
@@ -46,13 +55,44 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, *, prog: str | None =
         if stop.code and problems:  # what tyro printed may follow from the file, so say both
             raise ConfigError(listed(problems)) from None
         raise
-    take_flags(cls, chosen, start, values, origins)
-    return finish(cls, values, origins, problems)
+    take_flags(cls, chosen, start, values, origins, {flag.partition("=")[0].replace("_", "-") for flag in flags})
+    config = finish(cls, values, origins, problems)
+    if given.print_config:
+        print(to_toml(config, lambda key: origins.get(key, "default")), end="")
+        raise SystemExit(0)
+    return config
 
 
 def read_config(cls: type[C], *paths: Path | str) -> C:
     """Give the config that the TOML files alone ask for; a later one wins."""
-    return finish(cls, *read_files(cls, [Path(path) for path in paths]))
+    return finish(cls, *read_sources(cls, [], paths))
+
+
+def read_sources(
+    cls: type, presets: Sequence[str], paths: Sequence[Path | str]
+) -> tuple[Values, dict[str, str], list[str]]:
+    """Merge presets and then files into (values, the origin of each dotted key, problems)."""
+    directory = presets_of(cls)
+    layers: list[Layer] = []
+    problems: list[str] = []
+    for name in presets:
+        assert directory is not None
+        try:
+            layers += preset_layers(directory, name)
+        except ConfigError as error:
+            problems.append(str(error))
+    for path in paths:
+        try:
+            layers += with_presets(directory, Layer(str(path), load_table(Path(path))))
+        except ConfigError as error:
+            problems.append(str(error))
+    values, origins, wrong = merge(cls, layers)
+    return values, origins, problems + wrong
+
+
+def presets_of(cls: type) -> Path | None:
+    """Give the directory of a config's presets, which its class names as `presets`."""
+    return getattr(cls, "presets", None)
 
 
 # Flags over files
@@ -113,16 +153,27 @@ def under(default: Any, given: Values) -> Values:
     return values
 
 
-def take_flags(cls: type, chosen: Any, start: Any, values: Values, origins: dict[str, str], key: str = "") -> None:
-    """Put what the flags changed into `values`, and themselves into `origins`."""
+def take_flags(
+    cls: type, chosen: Any, start: Any, values: Values, origins: dict[str, str], given: set[str], key: str = ""
+) -> None:
+    """Put what the flags changed into `values`, and the flags that were given into `origins`."""
     for field in dataclasses.fields(cls):
         new, old = getattr(chosen, field.name), getattr(start, field.name)
+        flag = f"--{key}{field.name}".replace("_", "-")
         if dataclasses.is_dataclass(old):
             inner = values.setdefault(field.name, {})
-            take_flags(type(old), new, old, inner, origins, f"{key}{field.name}.")
-        elif new != old:
+            take_flags(type(old), new, old, inner, origins, given, f"{key}{field.name}.")
+        elif new != old or {flag, f"--{key}no-{field.name}".replace("_", "-")} & given:
             values[field.name] = new
-            origins[key + field.name] = f"--{key}{field.name}".replace("_", "-")
+            origins[key + field.name] = flag
+
+
+def foreign_flags(cls: type, flags: Sequence[str]) -> list[str]:
+    """List the flags that are qlora.py's names of settings, each with the name here."""
+    known = all_keys(cls)
+    names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
+    said = {name: translation(name[2:].replace("-", "_"), known) for name in names}
+    return [f"{name}: unknown flag; {text}" for name, text in said.items() if text]
 
 
 # Building

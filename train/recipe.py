@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import strftime
-from typing import Literal
+from typing import ClassVar, Literal
 
 from models import LoraConfig
 from nf4 import QuantConfig
@@ -14,6 +14,9 @@ from train.loop import LoopConfig
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(LoopConfig):
     """Everything that decides a run; config.toml in its directory, and the flags of `qlora train`."""
+
+    presets: ClassVar[Path] = Path(__file__).parent / "presets"
+    """Settings that are known by name."""
 
     model: str
     """Checkpoint to start from: a directory, a file in it, or a .gguf."""
@@ -27,6 +30,10 @@ class RunConfig(LoopConfig):
     """Where to train: cpu, cuda, cuda:1; auto is cuda if there is one."""
     quantize: bool = True
     """Store the base's linear layers in few bits; without it this is plain LoRA."""
+    adapters: bool = True
+    """Train adapters beside the frozen base; without, every weight of the base is trained itself."""
+    task: Literal["auto", "causal", "seq2seq", "classification", "regression"] = "auto"
+    """What is learned; auto is what the model and the data are made for."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them."""
     seed: int = 42
@@ -37,6 +44,14 @@ class RunConfig(LoopConfig):
     """The adapters."""
     data: DataConfig
     """What to train on."""
+    samples: int = 0
+    """At each evaluation, answer the prompts of so many held-out examples; eval/samples.jsonl keeps the answers."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts to be answered likewise: messages of a user where chats are learned, else texts to go on from."""
+    sample_tokens: int = 64
+    """Longest such answer."""
+    tensorboard: bool = False
+    """Write the run's numbers for TensorBoard as well."""
     overwrite: bool = field(default=False, metadata={"saved": False})
     """Replace an earlier run in the same directory."""
     quiet: bool = field(default=False, metadata={"saved": False})
@@ -47,6 +62,11 @@ class RunConfig(LoopConfig):
             raise ValueError("model must name a checkpoint")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, not {self.seed}")
+        for name, least in (("samples", 0), ("sample_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if "" in self.sample_prompts:
+            raise ValueError("sample_prompts holds an empty text; there is nothing to answer")
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ValueError(f"name must be a plain name without slashes, not {self.name!r}; out takes a path")
         super().__post_init__()

@@ -8,31 +8,47 @@ is refused: a person who gets three keys wrong wants to hear of all three at onc
 import dataclasses
 import json
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from models.errors import ConfigError
+from train.qlora_names import translation
+
 Values = dict[str, Any]  # field name -> value, and for a nested dataclass -> Values
 
 
-def read_files(cls: type, paths: Iterable[Path]) -> tuple[Values, dict[str, str], list[str]]:
-    """Merge files into (values, the file that set each dotted key, problems)."""
+@dataclass(frozen=True)
+class Layer:
+    """One table of settings, to be laid over others, and where it is from."""
+
+    origin: str
+    """A file, or "preset NAME"."""
+    table: dict[str, Any]
+
+
+def load_table(path: Path) -> dict[str, Any]:
+    """Read a TOML file, or say why it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from None
+
+
+def merge(cls: type, layers: Iterable[Layer]) -> tuple[Values, dict[str, str], list[str]]:
+    """Merge layers into (values, the origin of each dotted key, problems); a later one wins."""
     merged: Values = {}
     origins: dict[str, str] = {}
     problems: list[str] = []
-    for path in paths:
-        try:
-            table = tomllib.loads(path.read_text("utf-8"))
-        except OSError as error:
-            problems.append(f"{path}: cannot be read: {error.strerror}")
-        except UnicodeDecodeError as error:
-            problems.append(f"{path}: is not UTF-8 text (byte {error.start})")
-        except tomllib.TOMLDecodeError as error:
-            problems.append(f"{path}: is not TOML: {error}")
-        else:
-            read_table(cls, table, "", merged, origins, str(path), problems, all_keys(cls))
+    for layer in layers:
+        read_table(cls, layer.table, "", merged, origins, layer.origin, problems, all_keys(cls))
     return merged, origins, problems
 
 
@@ -42,7 +58,7 @@ def read_table(
     prefix: str,
     into: Values,
     origins: dict[str, str],
-    path: str,
+    origin: str,
     problems: list[str],
     known: Sequence[str],
 ) -> None:
@@ -54,22 +70,22 @@ def read_table(
         name = spelled.replace("-", "_")
         key = prefix + name
         if name not in names:
-            problems.append(f"{path}: {prefix}{spelled}: unknown key{suggestion(key, known)}")
+            problems.append(f"{origin}: {prefix}{spelled}: unknown key{suggestion(key, known)}")
         elif name in seen:
-            problems.append(f"{path}: {key}: given twice, with - and with _")
+            problems.append(f"{origin}: {key}: given twice, with - and with _")
         elif not dataclasses.is_dataclass(hints[name]):
             try:
                 into[name] = convert(value, hints[name])
-                origins[key] = path
+                origins[key] = origin
             except ValueError:
                 wanted = describe(hints[name])
                 hint = suggestion(str(value), [str(choice) for choice in literals(hints[name])])
-                problems.append(f"{path}: {key}: must be {wanted}, not {toml_or_repr(value)}{hint}")
+                problems.append(f"{origin}: {key}: must be {wanted}, not {toml_or_repr(value)}{hint}")
         elif isinstance(value, dict):
             inner = into.setdefault(name, {})
-            read_table(hints[name], value, key + ".", inner, origins, path, problems, known)
+            read_table(hints[name], value, key + ".", inner, origins, origin, problems, known)
         else:
-            problems.append(f"{path}: {key}: must be a table, [{key}], not {toml_or_repr(value)}")
+            problems.append(f"{origin}: {key}: must be a table, [{key}], not {toml_or_repr(value)}")
         seen.add(name)
 
 
@@ -85,8 +101,13 @@ def all_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
-    """Say which known word was probably meant: the same last part elsewhere, else the nearest spelling."""
+    """Say which known word was probably meant: the same last part elsewhere, else the nearest spelling.
+
+    A name of qlora.py's, for which there is another one here, is translated.
+    """
     leaf = word.rpartition(".")[2]
+    if said := translation(leaf, known):
+        return f"; {said}"
     elsewhere = [other for other in known if other.rpartition(".")[2] == leaf]
     near = elsewhere or get_close_matches(word, known, n=1, cutoff=0.6)
     if not near:
@@ -150,16 +171,17 @@ def literals(kind: Any) -> list[Any]:
 # Writing
 
 
-def to_toml(config: Any) -> str:
+def to_toml(config: Any, note: Callable[[str], str] | None = None) -> str:
     """Write a config so that reading it back gives an equal one.
 
     None is left out, so a field may be None only where that is its default. Fields with the metadata
-    `saved=False` belong to one call and not to the recipe, and are left out too.
+    `saved=False` belong to one call and not to the recipe, and are left out too. `note` gives a comment for
+    each dotted key; with it, what is left out as None is there as a comment.
     """
-    return "\n".join(toml_table(config, ())).strip() + "\n"
+    return "\n".join(toml_table(config, (), note)).strip() + "\n"
 
 
-def toml_table(config: Any, path: tuple[str, ...]) -> list[str]:
+def toml_table(config: Any, path: tuple[str, ...], note: Callable[[str], str] | None) -> list[str]:
     """Give the lines of a table and then of the tables in it."""
     lines = ["", f"[{'.'.join(path)}]"] if path else []
     tables: list[str] = []
@@ -167,13 +189,15 @@ def toml_table(config: Any, path: tuple[str, ...]) -> list[str]:
         value = getattr(config, field.name)
         if not field.metadata.get("saved", True):
             continue
+        comment = f"  # {note('.'.join((*path, field.name)))}" if note else ""
         if value is None:
             if field.default is not None:
                 raise ValueError(f"{'.'.join((*path, field.name))} is None, which TOML cannot say")
+            lines += [f"# {field.name} is not set{comment}"] if note else []
         elif dataclasses.is_dataclass(value):
-            tables += toml_table(value, (*path, field.name))
+            tables += toml_table(value, (*path, field.name), note)
         else:
-            lines.append(f"{field.name} = {toml_value(value)}")
+            lines.append(f"{field.name} = {toml_value(value)}{comment}")
     return lines + tables
 
 
