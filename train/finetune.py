@@ -4,6 +4,7 @@ The order matters: data first, because its mistakes are the commonest and cheape
 adapters, which are random; the adapter read back after it is written, before the run calls itself done.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ from train.data.batches import Batches
 from train.loop import TrainResult, train
 from train.recipe import RunConfig
 from train.run import Run
+from train.samples import sampler
 from train.seed import seed_everything
+from train.tensorboard import check_installed, tensorboard
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,13 +58,14 @@ class Finetuning:
         batches = Batches(
             self.data.train, config.batch_size, padding_id(self.tokenizer), data.seed, data.group_by_length
         )
-        with self.run:
+        with self.run, tensorboard(self.run) if config.tensorboard else nullcontext():
             result = train(
                 self.model,
                 batches,
                 config,
                 self.run,
                 eval_fn=self.held_out if self.data.held_out else None,
+                sample_fn=sampler(config, self.model, self.tokenizer, self.data.held_out, self.run),
                 quiet=config.quiet,
             )
             self.model.eval()
@@ -73,6 +77,8 @@ class Finetuning:
 
 def prepare(config: RunConfig) -> Finetuning:
     """Read data and model, attach the adapters, and open the run's directory."""
+    if config.tensorboard:
+        check_installed()
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, tokenizer)

@@ -111,10 +111,13 @@ def train(
     run: Run,
     *,
     eval_fn: Callable[[int], dict[str, int | float]] | None = None,
+    sample_fn: Callable[[int], list[str]] | None = None,
     state: LoopState | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Train every parameter that requires a gradient, and say how it went.
+
+    At each evaluation `eval_fn` gives what is measured, and `sample_fn` lines to be shown.
 
     Before, the caller seeds (`seed_everything`), attaches adapters and moves the model; afterwards it saves
     the adapter and sets the run's STATUS to done. An interrupted run returns after the step it was in, with
@@ -141,6 +144,8 @@ def train(
                 evaluations.append({"step": state.step, **values})
                 run.metrics(state.step, "eval", **values)
                 progress.say(f"step {state.step}/{total}  held-out loss {values['loss']:.4f}")
+            for line in sample_fn(state.step) if sample_fn else ():
+                progress.say(line)
 
         try:
             with progress, Interrupt() as interrupt:

@@ -1,11 +1,13 @@
 """Loss and learning rate over the steps of one run or of several, from their metrics.jsonl.
 
-A step's loss jumps with its examples, so it is drawn faintly, and over it a running mean. Held-out loss is
-drawn as points, since it was measured at single steps.
+A step's loss jumps with its examples, so it is drawn faintly, and over it a running mean. What is measured on held-out
+examples is drawn as points, since it was measured at single steps: the loss, and in a panel each what else there is,
+such as accuracy. Of several runs each has a colour, and a line of the legend.
 """
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from models.errors import ConfigError
+from train.files import write_whole
 from train.run import read_metrics
 
 if TYPE_CHECKING:
@@ -50,50 +53,87 @@ def plot_runs(runs: Sequence[Path | str], target: Path | str) -> list[Path]:
     if len(records) < len(runs):  # runs of one name in different places
         records = {str(run): read_metrics(run) for run in runs}
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for index, (name, lines) in enumerate(records.items()):
-        draw(loss, rate, lines, f"C{index}", f"{name}: " if len(records) > 1 else "")
+    measures = measured(line for lines in records.values() for line in lines)
+    heights = (3, *(1.5 for _ in measures), 1)
+    figure = Figure(figsize=(8, 1.5 * sum(heights)), layout="constrained")
+    loss, *others, rate = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    for index, lines in enumerate(records.values()):
+        draw(loss, rate, lines, f"C{index}")
+        for axes, measure in zip(others, measures, strict=True):
+            draw_points(axes, lines, measure, f"C{index}")
     loss.set(ylabel="loss per label token (nats)", title=next(iter(records)) if len(records) == 1 else "Loss")
     rate.set(ylabel="learning rate", xlabel="optimizer step", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     rate.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (loss, rate):
+    for axes, measure in zip(others, measures, strict=True):
+        axes.set(ylabel=measure)
+    for axes in (loss, *others, rate):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    if loss.get_legend_handles_labels()[0]:
-        loss.legend(frameon=False)
+    explain(figure, loss, list(records) if len(records) > 1 else [])
 
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    return save(figure, Path(target))
+
+
+def save(figure: Any, target: Path) -> list[Path]:
+    """Write a figure as PNG and as SVG, each there whole or not at all."""
     files = [target.with_suffix(".png"), target.with_suffix(".svg")]
     for file in files:
-        figure.savefig(file, dpi=150)
+        content = io.BytesIO()
+        figure.savefig(content, format=file.suffix[1:], dpi=150)
+        write_whole(file, content.getvalue())
     return files
 
 
-def draw(loss: Any, rate: Any, lines: Sequence[dict[str, Any]], color: str, prefix: str) -> None:
-    """Draw one run on the two axes."""
-    trained = [line for line in lines if line["split"] == "train"]
+def measured(lines: Iterable[dict[str, Any]]) -> list[str]:
+    """What else than the loss was measured on held-out examples; whole numbers are counts and no measure.
+
+    >>> measured([{"step": 5, "split": "eval", "loss": 2.0, "labels": 9, "accuracy": 0.5}])
+    ['accuracy']
+    """
     held_out = [line for line in lines if line["split"] == "eval"]
+    return list(dict.fromkeys(k for line in held_out for k, v in line.items() if isinstance(v, float) and k != "loss"))
+
+
+def explain(figure: Any, axes: Any, names: Sequence[str]) -> None:
+    """Put up a legend: the styles of lines, and below the picture the colours of several runs."""
+    from matplotlib.lines import Line2D
+
+    handles, labels = axes.get_legend_handles_labels()
+    styles = dict(reversed(list(zip(labels, handles, strict=True))))  # of equal labels the first run's
+    if not styles:
+        return
+    legend = axes.legend([styles[label] for label in dict.fromkeys(labels)], list(dict.fromkeys(labels)), frameon=False)
+    if names:
+        for line in legend.legend_handles:
+            line.set_color("0.4")
+        colours = [Line2D([], [], color=f"C{index}", linewidth=3, label=name) for index, name in enumerate(names)]
+        columns = max(1, min(3, 90 // max(map(len, names)), len(names)))  # about 90 letters fit beside each other
+        figure.legend(handles=colours, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def draw(loss: Any, rate: Any, lines: Sequence[dict[str, Any]], color: str) -> None:
+    """Draw one run's loss and learning rate on the two axes."""
+    trained = [line for line in lines if line["split"] == "train"]
     if trained:
         steps = [line["step"] for line in trained]
         losses = [line["loss"] for line in trained]
-        loss.plot(steps, losses, color=color, alpha=0.3, linewidth=1, label=f"{prefix}training, each step")
+        loss.plot(steps, losses, color=color, alpha=0.3, linewidth=1, label="training, each step")
         window = max(1, len(steps) // 20)
         if window > 1:
-            loss.plot(
-                steps,
-                smooth(losses, window),
-                color=color,
-                linewidth=2,
-                label=f"{prefix}training, mean of ~{window} steps",
-            )
+            mean = smooth(losses, window)
+            loss.plot(steps, mean, color=color, linewidth=2, label="training, running mean")
         rate.plot(steps, [line["lr"] for line in trained], color=color, linewidth=1.5)
-    if held_out:
-        points = [line["step"] for line in held_out], [line["loss"] for line in held_out]
+    draw_points(loss, lines, "loss", color)
+
+
+def draw_points(axes: Any, lines: Sequence[dict[str, Any]], name: str, color: str) -> None:
+    """Draw what was measured on held-out examples."""
+    found = [line for line in lines if line["split"] == "eval" and name in line]
+    if found:
+        points = [line["step"] for line in found], [line[name] for line in found]
         style = {"color": color, "marker": "o", "markeredgecolor": "white", "linestyle": "--", "linewidth": 1}
-        loss.plot(*points, **style, markersize=7, zorder=3, label=f"{prefix}held out")
+        axes.plot(*points, **style, markersize=7, zorder=3, label="held out")
 
 
 def smooth(values: Sequence[float], window: int | float) -> list[float]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from train.files import append_line, write_whole
 from train.toml import to_toml
 
 FILES = ("config.toml", "env.json", "log.txt", "metrics.jsonl", "timing.jsonl", "STATUS")
-FOLDERS = ("data", "checkpoints", "adapter", "eval", "plots")
+FOLDERS = ("data", "checkpoints", "adapter", "eval", "plots", "tensorboard")
 PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "sentencepiece", "tiktoken", "gguf", "tyro")
 
 
@@ -45,6 +45,8 @@ class Run:
         self.directory = Path(directory)
         self.step = 0
         """The last step in metrics.jsonl."""
+        self.listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
+        """Called with a journal's name and each record that is appended to it."""
 
     @classmethod
     def create(
@@ -80,14 +82,22 @@ class Run:
         """Append to log.txt, with the time in front."""
         append_line(self.directory / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
+    def append(self, journal: str, **record: Any) -> None:
+        """Append a line to one of the run's journals."""
+        path = self.directory / journal
+        path.parent.mkdir(exist_ok=True)
+        append_line(path, json_line(record))
+        for listener in self.listeners:
+            listener(journal, record)
+
     def metrics(self, step: int, split: str, **values: int | float) -> None:
         """Append a line to metrics.jsonl: only what the run determines, and only finite numbers."""
         self.step = step
-        append_line(self.directory / "metrics.jsonl", json_line({"step": step, "split": split, **values}))
+        self.append("metrics.jsonl", step=step, split=split, **values)
 
     def timing(self, step: int, **values: int | float) -> None:
         """Append a line to timing.jsonl: what depends on the machine and the moment."""
-        append_line(self.directory / "timing.jsonl", json_line({"step": step, **values}))
+        self.append("timing.jsonl", step=step, **values)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a file of the run as JSON, for example data/manifest.json."""
