@@ -30,6 +30,9 @@ VERBS = {
     "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),
     "merge": Verb("models.merge", "MergeOptions", "command", "base and adapter to one 16-bit checkpoint"),
     "bench": Verb("benchmarks.command", "BenchOptions", "command", "speed and memory, beside others' and targets"),
+    "sweep": Verb(
+        "train.sweep.command", "SweepOptions", "command", "a grid of runs, resumable, with a table and plots"
+    ),
     "list": Verb("train.listing", "ListOptions", "command", "presets, tasks and formats that can be named"),
     "plot": Verb("train.plot", "PlotOptions", "command", "loss and learning-rate plots of runs"),
 }

@@ -7,7 +7,7 @@ such as accuracy. Of several runs each has a colour, and a line of the legend.
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ def plot_runs(runs: Sequence[Path | str], target: Path | str) -> list[Path]:
     for axes in (loss, *others, rate):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    explain(figure, loss, list(records) if len(records) > 1 else [])
+    explain(figure, loss, {name: f"C{index}" for index, name in enumerate(records)} if len(records) > 1 else {})
 
     return save(figure, Path(target))
 
@@ -95,21 +95,28 @@ def measured(lines: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(k for line in held_out for k, v in line.items() if isinstance(v, float) and k != "loss"))
 
 
-def explain(figure: Any, axes: Any, names: Sequence[str]) -> None:
-    """Put up a legend: the styles of lines, and below the picture the colours of several runs."""
+def explain(figure: Any, axes: Any, colours: Mapping[str, Any]) -> None:
+    """Put up a legend: the styles of lines, and below the picture what each colour stands for, if there are several."""
     from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
-    styles = dict(reversed(list(zip(labels, handles, strict=True))))  # of equal labels the first run's
-    if not styles:
-        return
-    legend = axes.legend([styles[label] for label in dict.fromkeys(labels)], list(dict.fromkeys(labels)), frameon=False)
-    if names:
-        for line in legend.legend_handles:
-            line.set_color("0.4")
-        colours = [Line2D([], [], color=f"C{index}", linewidth=3, label=name) for index, name in enumerate(names)]
-        columns = max(1, min(3, 90 // max(map(len, names)), len(names)))  # about 90 letters fit beside each other
-        figure.legend(handles=colours, loc="outside lower center", ncols=columns, frameon=False)
+    styles = {label: handles[labels.index(label)] for label in dict.fromkeys(labels)}  # of equal ones the first
+    if styles:
+        legend = axes.legend(styles.values(), styles.keys(), frameon=False)
+        if colours:
+            for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True):
+                text.set_color("0.3")
+                paint(handle, "0.4")
+    if colours:
+        lines = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
+        columns = max(1, min(3, 90 // max(map(len, colours)), len(colours)))  # about 90 letters fit beside each other
+        figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def paint(handle: Any, color: str) -> None:
+    """Colour a line, or the lines that points with intervals are made of."""
+    for part in handle.get_children() if hasattr(handle, "has_yerr") else [handle]:
+        part.set_color(color)
 
 
 def draw(loss: Any, rate: Any, lines: Sequence[dict[str, Any]], color: str) -> None:

@@ -1,0 +1,203 @@
+"""`qlora sweep FILE`: work off a grid of runs, alone or as one of many workers, and report what is there.
+
+A worker goes through the cells, runs each that nobody has and that is not done, and goes through them again until
+nothing is left for it: a cell whose worker was killed meanwhile is taken up too. It does not wait for cells that others
+are running; it says how many, and the last worker to end finds all of them done and writes the whole report.
+"""
+
+import multiprocessing
+import os
+import shlex
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from models.errors import ConfigError, Refusal
+from train.config import listed
+from train.sweep.cells import changed, failure, run_cell, state
+from train.sweep.grid import Cell, Sweep, read_sweep
+from train.sweep.report import write_report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """Run every cell of a grid, each in a directory of its own, and make a table and plots of them."""
+
+    file: Positional[str]
+    """The grid: a TOML file with settings, a table [grid] of lists, and out."""
+    seeds: int | None = None
+    """Run each grid point with so many seeds; by default as the file says."""
+    workers: int = 1
+    """Processes at once; more can be started elsewhere on the same file system."""
+    only: tuple[str, ...] = ()
+    """Run only these cells."""
+    retry: bool = False
+    """Run cells again that have failed."""
+    print: bool = False
+    """Print one command per cell that is not done, for a scheduler, and run nothing."""
+    table: bool = False
+    """Make the report from what is there, and run nothing."""
+    quiet: bool = False
+    """Show no progress within cells."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.print and self.table:
+            raise ValueError("print and table exclude each other: one makes commands, the other a report")
+
+
+class FailedCells(Refusal):
+    """Some cells failed; the others went on."""
+
+    exit_code = 1
+
+
+def command(options: SweepOptions, console: "Console") -> dict[str, Any]:
+    sweep = read_sweep(Path(options.file), options.seeds)
+    cells = chosen(sweep, options.only)
+    if options.print:
+        commands = [shell_command(options, cell) for cell in cells if state(sweep, cell) != "done"]
+        for line in commands:
+            console.print(line, markup=False, soft_wrap=True)
+        return {"commands": commands}
+    stopped = None
+    if not options.table:
+        check_unchanged(sweep)
+        stopped = work_together(options) if options.workers > 1 else work(sweep, cells, options, console)
+    return concluded(sweep, cells, stopped, console)
+
+
+def concluded(sweep: Sweep, cells: Sequence[Cell], stopped: int | None, console: "Console") -> dict[str, Any]:
+    """Write the report and say how it stands; a signal and failures become the exit code."""
+    from train.sweep.plots import plot_sweep
+
+    report = write_report(sweep)
+    report["plots"] = [str(path) for path in plot_sweep(sweep)]
+    missing = report["cells"] - report["done"] - len(report["failed"])
+    console.print(f"{report['done']} of {report['cells']} cells are done, {missing} missing", highlight=False)
+    console.print(f"report: {sweep.out / 'sweep.md'}", markup=False, soft_wrap=True)
+    if stopped is not None:
+        raise SystemExit(128 + stopped)
+    failed = [(cell, failure(sweep, cell)) for cell in cells if state(sweep, cell) == "failed"]
+    if failed:
+        reasons = "".join(f"\n  {cell.name}: {why.reason}" for cell, why in failed)
+        error = FailedCells(f"{len(failed)} of {len(cells)} cells failed (--retry runs them again):{reasons}")
+        codes = {why.exit_code for _, why in failed}
+        error.exit_code = codes.pop() if len(codes) == 1 else FailedCells.exit_code
+        error.report = report
+        raise error
+    return report
+
+
+def chosen(sweep: Sweep, only: Sequence[str]) -> list[Cell]:
+    """Give the cells of these names; all where none is named."""
+    known = {cell.name: cell for cell in sweep.cells}
+    problems = []
+    for name in only:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"--only: {sweep.path} has no cell {name!r}{hint}")
+    if problems:
+        raise ConfigError(listed(problems))
+    return [known[name] for name in only] if only else list(sweep.cells)
+
+
+def check_unchanged(sweep: Sweep) -> None:
+    """Refuse to mix runs of one file with runs of another."""
+    problems = [
+        f"cell {cell.name} was begun with other settings: {other}; give another out, or remove its directory"
+        for cell in sweep.cells
+        if (other := changed(sweep, cell))
+    ]
+    if problems:
+        raise ConfigError(listed(problems))
+
+
+def shell_command(options: SweepOptions, cell: Cell) -> str:
+    """Give the command that runs one cell, however far it is, and never twice at once."""
+    words = ["qlora", "sweep", options.file, "--only", cell.name]
+    words += ["--seeds", str(options.seeds)] if options.seeds is not None else []
+    words += ["--retry"] if options.retry else []
+    return shlex.join([*words, "--quiet"] if options.quiet else words)
+
+
+# Workers
+
+
+def work(sweep: Sweep, cells: Sequence[Cell], options: SweepOptions, console: "Console") -> int | None:
+    """Run what is left of the cells, one after the other; give the signal that stopped it, if one did."""
+    tried: set[str] = set()
+    elsewhere = -1
+    while elsewhere:
+        left = [cell for cell in cells if cell.name not in tried and is_left(sweep, cell, options.retry)]
+        elsewhere, ran = 0, False
+        for cell in left:
+            outcome = run_cell(sweep, cell, quiet=options.quiet)
+            if outcome.status == "elsewhere":
+                elsewhere += 1
+                continue
+            ran = True
+            tried.add(cell.name)
+            console.print(f"{cell.name}: {outcome.status}", markup=False, highlight=False, soft_wrap=True)
+            if outcome.signal is not None:
+                return outcome.signal
+        if elsewhere and not ran:
+            are = "cell is" if elsewhere == 1 else "cells are"
+            console.print(f"{elsewhere} {are} being run by others", highlight=False)
+            break
+    return None
+
+
+def is_left(sweep: Sweep, cell: Cell, retry: bool) -> bool:
+    found = state(sweep, cell)
+    return found in ("new", "interrupted") or (found == "failed" and retry)
+
+
+def work_together(options: SweepOptions) -> int | None:
+    """Start workers and wait for them; a signal to this process is passed on to each."""
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    processes = [context.Process(target=worker, args=(options,)) for _ in range(options.workers)]
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for process in processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return received[0] if received else None
+
+
+def worker(options: SweepOptions) -> None:
+    """Be one of several: in a group of its own, so that Ctrl-C reaches it once, through the one who started it."""
+    from rich.console import Console
+
+    os.setpgrp()
+    sweep = read_sweep(Path(options.file), options.seeds)
+    quiet = SweepOptions(**{**vars(options), "quiet": True, "workers": 1})
+    stopped = work(sweep, chosen(sweep, options.only), quiet, Console(stderr=True))
+    raise SystemExit(0 if stopped is None else 128 + stopped)
