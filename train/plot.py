@@ -104,19 +104,12 @@ def explain(figure: Any, axes: Any, colours: Mapping[str, Any]) -> None:
     if styles:
         legend = axes.legend(styles.values(), styles.keys(), frameon=False)
         if colours:
-            for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True):
-                text.set_color("0.3")
-                paint(handle, "0.4")
+            for line in legend.legend_handles:
+                line.set_color("0.4")
     if colours:
         lines = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
         columns = max(1, min(3, 90 // max(map(len, colours)), len(colours)))  # about 90 letters fit beside each other
         figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def paint(handle: Any, color: str) -> None:
-    """Colour a line, or the lines that points with intervals are made of."""
-    for part in handle.get_children() if hasattr(handle, "has_yerr") else [handle]:
-        part.set_color(color)
 
 
 def draw(loss: Any, rate: Any, lines: Sequence[dict[str, Any]], color: str) -> None:

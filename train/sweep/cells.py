@@ -34,8 +34,8 @@ State = Literal["new", "done", "interrupted", "failed"]
 class Outcome:
     """What a worker made of a cell."""
 
-    status: Literal["done", "interrupted", "failed", "elsewhere"]
-    """elsewhere: another worker has it."""
+    status: Literal["done", "interrupted", "failed", "elsewhere", "settled"]
+    """elsewhere: another worker has it; settled: another one has ended it meanwhile."""
     signal: int | None = None
 
 
@@ -47,14 +47,14 @@ class Failure:
     exit_code: int
 
 
-def run_cell(sweep: Sweep, cell: Cell, *, quiet: bool = False) -> Outcome:
-    """Run a cell from where it is, unless another worker has it or it is done."""
+def run_cell(sweep: Sweep, cell: Cell, *, quiet: bool = False, retry: bool = False) -> Outcome:
+    """Run a cell from where it is, unless another worker has it or has ended it."""
     with taken(beside(sweep, cell, ".lock")) as mine:
         if not mine:
             return Outcome("elsewhere")
+        if not is_left(sweep, cell, retry):
+            return Outcome("settled")
         found = state(sweep, cell)
-        if found == "done":
-            return Outcome("done")
         note = beside(sweep, cell, ".failed")
         note.unlink(missing_ok=True)
         write_whole(beside(sweep, cell, ".toml"), to_toml(cell.config))
@@ -97,6 +97,12 @@ def state(sweep: Sweep, cell: Cell) -> State:
     status = directory / "STATUS"
     text = status.read_text("utf-8").strip() if status.exists() else "running"
     return "done" if text == "done" else "failed" if text.startswith("failed") else "interrupted"
+
+
+def is_left(sweep: Sweep, cell: Cell, retry: bool = False) -> bool:
+    """Is there something to do about a cell, by whomever?"""
+    found = state(sweep, cell)
+    return found in ("new", "interrupted") or (found == "failed" and retry)
 
 
 def failure(sweep: Sweep, cell: Cell) -> Failure:

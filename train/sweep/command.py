@@ -10,7 +10,7 @@ import os
 import shlex
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import FrameType
@@ -20,7 +20,7 @@ from tyro.conf import Positional
 
 from models.errors import ConfigError, Refusal
 from train.config import listed
-from train.sweep.cells import changed, failure, run_cell, state
+from train.sweep.cells import changed, failure, is_left, run_cell, state
 from train.sweep.grid import Cell, Sweep, read_sweep
 from train.sweep.report import write_report
 
@@ -74,15 +74,16 @@ def command(options: SweepOptions, console: "Console") -> dict[str, Any]:
         for line in commands:
             console.print(line, markup=False, soft_wrap=True)
         return {"commands": commands}
-    stopped = None
+    code = 0
     if not options.table:
         check_unchanged(sweep)
-        stopped = work_together(options) if options.workers > 1 else work(sweep, cells, options, console)
-    return concluded(sweep, cells, stopped, console)
+        code = work_together(options) if options.workers > 1 else work(sweep, cells, options, console)
+        code = code if any(is_left(sweep, cell) for cell in cells) else 0  # others have done what one could not
+    return concluded(sweep, cells, code, console)
 
 
-def concluded(sweep: Sweep, cells: Sequence[Cell], stopped: int | None, console: "Console") -> dict[str, Any]:
-    """Write the report and say how it stands; a signal and failures become the exit code."""
+def concluded(sweep: Sweep, cells: Sequence[Cell], code: int, console: "Console") -> dict[str, Any]:
+    """Write the report and say how it stands; an exit code from a signal goes on, and failures become one."""
     from train.sweep.plots import plot_sweep
 
     report = write_report(sweep)
@@ -90,8 +91,8 @@ def concluded(sweep: Sweep, cells: Sequence[Cell], stopped: int | None, console:
     missing = report["cells"] - report["done"] - len(report["failed"])
     console.print(f"{report['done']} of {report['cells']} cells are done, {missing} missing", highlight=False)
     console.print(f"report: {sweep.out / 'sweep.md'}", markup=False, soft_wrap=True)
-    if stopped is not None:
-        raise SystemExit(128 + stopped)
+    if code:
+        raise SystemExit(code)
     failed = [(cell, failure(sweep, cell)) for cell in cells if state(sweep, cell) == "failed"]
     if failed:
         reasons = "".join(f"\n  {cell.name}: {why.reason}" for cell, why in failed)
@@ -139,37 +140,34 @@ def shell_command(options: SweepOptions, cell: Cell) -> str:
 # Workers
 
 
-def work(sweep: Sweep, cells: Sequence[Cell], options: SweepOptions, console: "Console") -> int | None:
-    """Run what is left of the cells, one after the other; give the signal that stopped it, if one did."""
+def work(sweep: Sweep, cells: Sequence[Cell], options: SweepOptions, console: "Console") -> int:
+    """Run what is left of the cells, one after the other; the exit code is 0, or says which signal stopped it."""
     tried: set[str] = set()
     elsewhere = -1
     while elsewhere:
         left = [cell for cell in cells if cell.name not in tried and is_left(sweep, cell, options.retry)]
         elsewhere, ran = 0, False
         for cell in left:
-            outcome = run_cell(sweep, cell, quiet=options.quiet)
+            outcome = run_cell(sweep, cell, quiet=options.quiet, retry=options.retry)
             if outcome.status == "elsewhere":
                 elsewhere += 1
                 continue
             ran = True
             tried.add(cell.name)
+            if outcome.status == "settled":
+                continue
             console.print(f"{cell.name}: {outcome.status}", markup=False, highlight=False, soft_wrap=True)
             if outcome.signal is not None:
-                return outcome.signal
+                return 128 + outcome.signal
         if elsewhere and not ran:
             are = "cell is" if elsewhere == 1 else "cells are"
             console.print(f"{elsewhere} {are} being run by others", highlight=False)
             break
-    return None
+    return 0
 
 
-def is_left(sweep: Sweep, cell: Cell, retry: bool) -> bool:
-    found = state(sweep, cell)
-    return found in ("new", "interrupted") or (found == "failed" and retry)
-
-
-def work_together(options: SweepOptions) -> int | None:
-    """Start workers and wait for them; a signal to this process is passed on to each."""
+def work_together(options: SweepOptions) -> int:
+    """Start workers and wait for them; a signal to this process is passed on to each, and is the exit code."""
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
     processes = [context.Process(target=worker, args=(options,)) for _ in range(options.workers)]
     received: list[int] = []
@@ -183,13 +181,17 @@ def work_together(options: SweepOptions) -> int | None:
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for process in processes:
-            process.start()
+            if not received:
+                process.start()
         for process in processes:
-            process.join()
+            if process.pid is not None:
+                process.join()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return received[0] if received else None
+    codes = [128 + number for number in received] + [process.exitcode or 0 for process in processes]
+    ended = next((code for code in codes if code), 0)
+    return ended if ended >= 0 else 128 - ended  # a negative one is the signal that killed a worker
 
 
 def worker(options: SweepOptions) -> None:
@@ -198,6 +200,5 @@ def worker(options: SweepOptions) -> None:
 
     os.setpgrp()
     sweep = read_sweep(Path(options.file), options.seeds)
-    quiet = SweepOptions(**{**vars(options), "quiet": True, "workers": 1})
-    stopped = work(sweep, chosen(sweep, options.only), quiet, Console(stderr=True))
-    raise SystemExit(0 if stopped is None else 128 + stopped)
+    quiet = replace(options, quiet=True)
+    raise SystemExit(work(sweep, chosen(sweep, options.only), quiet, Console(stderr=True)))

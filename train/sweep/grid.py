@@ -73,9 +73,8 @@ def read_sweep(path: Path, seeds: int | None = None) -> Sweep:
     presets, files = (names(own.get(key, []), f"{path}: {key}", problems) for key in ("preset", "config"))
     values, origins, wrong = read_sources(RunConfig, presets, files)
     problems += wrong
-    for key in table.keys() & TAKEN.keys() - {"out"}:
-        table.pop(key)
-        problems.append(f"{path}: {key}: {TAKEN[key]}")
+    if table.pop("name", None) is not None:
+        problems.append(f"{path}: name: {TAKEN['name']}")
     read_table(RunConfig, table, "", values, origins, str(path), problems, all_keys(RunConfig))
 
     points = read_points(own, path, problems)
@@ -121,8 +120,9 @@ def read_points(own: dict[str, Any], path: Path, problems: list[str]) -> list[Po
             problems.append(f"{path}: [grid] {key}: must be a list of values, not {toml_or_repr(given)}")
             continue
         good = [checked(key, value, f"{path}: [grid]", problems) for value in given]
-        axes[key] = [value for found in good for value in found]
-    combinations = itertools.product(*axes.values()) if grid else []
+        if any(good):
+            axes[key] = [value for found in good for value in found]
+    combinations = itertools.product(*axes.values()) if axes else []
     points = [dict(zip(axes, combination, strict=True)) for combination in combinations]
     for number, single in enumerate(singles, 1):
         where = f"{path}: [[cells]] {number}:"

@@ -1,6 +1,7 @@
 """A sweep in pictures: each measure over each setting that is a number, and the loss while training.
 
-A picture has a line for every combination of the other settings, points with 95 % intervals over seeds.
+A picture of a measure has a line for every combination of the other settings, its points with 95 % intervals over
+seeds.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from train.run import read_metrics
 from train.sweep.cells import state
 from train.sweep.grid import Sweep
 from train.sweep.names import cell_name, short_keys, text_of
-from train.sweep.report import Row, all_measures, interval, report_rows
+from train.sweep.report import Row, all_measures, report_rows
 
 COLOURS = 10  # as many as matplotlib's cycle has; more lines than that take a scale of colours
 
@@ -79,11 +80,8 @@ def plot_curves(sweep: Sweep, target: Path) -> list[Path]:
         trained, held_out = by_step(runs, "train"), by_step(runs, "eval")
         means = smooth([fmean(values) for values in trained.values()], max(1, len(trained) // 20)) if trained else []
         axes.plot(list(trained), means, color=chosen, alpha=0.5, label="training, running mean")
-        found = [interval(values) for values in held_out.values()]
-        errors = [each.half or 0 for each in found]
-        style = {"color": chosen, "marker": "o", "markeredgecolor": "white", "linestyle": "--", "capsize": 3}
-        if found:
-            axes.errorbar(list(held_out), [each.mean for each in found], yerr=errors, label="held out", **style)
+        style = {"color": chosen, "marker": "o", "markeredgecolor": "white", "linestyle": "--"}
+        axes.plot(list(held_out), [fmean(values) for values in held_out.values()], label="held out", **style)
     axes.set(
         xlabel="optimizer step", ylabel="loss per label token (nats)", title=f"{sweep.path.stem}: means over seeds"
     )

@@ -43,12 +43,12 @@ class Row:
     cells: int
     measures: dict[str, Interval]
     """Held-out loss, and what else was measured."""
-    steps: float | None
-    """Mean over the seeds, as are the seconds."""
+    steps: int | None
+    """The most over the seeds, as is the memory."""
     peak_memory: int | None
-    """Bytes; the largest over the seeds."""
+    """In bytes."""
     seconds: float | None
-    """Spent in steps."""
+    """Spent in steps; the mean over the seeds."""
 
 
 def write_report(sweep: Sweep) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def report_rows(sweep: Sweep) -> list[Row]:
                     name: interval([values[name] for values in endings if name in values])
                     for name in dict.fromkeys(name for values in endings for name in values)
                 },
-                steps=fmean(steps) if steps else None,
+                steps=max(steps, default=None),
                 peak_memory=max((line["peak_memory"] for lines in timings for line in lines), default=None),
                 seconds=fmean(sum(line["seconds"] for line in lines) for lines in timings) if timings else None,
             )
@@ -110,8 +110,9 @@ def ending(directory: Path) -> dict[str, float]:
 def interval(values: Sequence[float]) -> Interval:
     """Give the mean with its 95 % interval.
 
-    >>> interval([1.0, 2.0, 3.0])  # t(0.975, 2) is 4.3027
-    Interval(mean=2.0, half=2.4841..., n=3)
+    >>> found = interval([1.0, 2.0, 3.0])
+    >>> found.mean, round(found.half, 4)  # t(0.975, 2) is 4.3027, the standard error 1 / sqrt(3)
+    (2.0, 2.4841)
     """
     from scipy.stats import t
 
@@ -177,7 +178,7 @@ def shown(row: Row, names: Sequence[str]) -> list[str]:
     measures = [with_interval(row.measures.get(name)) for name in names]
     if row.steps is None or row.peak_memory is None or row.seconds is None:
         return [*point, seeds, *measures, "–", "–", "–"]
-    return [*point, seeds, *measures, f"{row.steps:g}", f"{row.peak_memory / 2**30:.2f}", f"{row.seconds:.1f}"]
+    return [*point, seeds, *measures, str(row.steps), f"{row.peak_memory / 2**30:.2f}", f"{row.seconds:.1f}"]
 
 
 def with_interval(found: Interval | None) -> str:
