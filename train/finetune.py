@@ -61,6 +61,7 @@ class Finetuning:
                 batches,
                 config,
                 self.run,
+                seed=config.seed,
                 eval_fn=self.held_out if self.data.held_out else None,
                 quiet=config.quiet,
             )
