@@ -24,6 +24,7 @@ VERBS = {
     "quantize": Verb("models.quantize", "QuantizeOptions", "command", "raw checkpoint to NF4 safetensors"),
     "inspect": Verb("models.inspection", "InspectOptions", "command", "what a checkpoint, an adapter or a run is"),
     "train": Verb("train.finetune", "TrainOptions", "command", "fine-tune adapters on a quantized base"),
+    "resume": Verb("train.resume", "ResumeOptions", "command", "go on with a run that was killed or interrupted"),
     "export": Verb("models.export", "ExportOptions", "command", "adapter, 4-bit checkpoint or GGUF for other tools"),
     "generate": Verb("models.writing", "GenerateOptions", "generate_command", "write on from a prompt"),
     "chat": Verb("models.writing", "ChatOptions", "chat_command", "talk with a model or a run"),

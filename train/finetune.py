@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from eval.held_out import held_out_loss
 from models import ConfigError, Llama, Refusal, attach_lora, load, save_adapter
 from models.device import pick_device, pick_dtype
+from models.fingerprint import fingerprint
 from models.llama import causal
 from models.precision import parts_in_memory, statement
 from models.tokenizer import Tokenizer, load_tokenizer
@@ -49,8 +52,8 @@ class Finetuning:
         result = held_out_loss(self.model, (batch.inputs for batch in batches.epoch(0)))
         return {"loss": result.loss, "labels": result.tokens}
 
-    def train(self) -> TrainResult:
-        """Run the loop, then write the adapter and check what was written."""
+    def train(self, **how: Any) -> TrainResult:
+        """Run the loop, which takes what else is given, then write the adapter and check what was written."""
         config, data = self.config, self.config.data
         batches = Batches(
             self.data.train, config.batch_size, padding_id(self.tokenizer), data.seed, data.group_by_length
@@ -64,6 +67,7 @@ class Finetuning:
                 seed=config.seed,
                 eval_fn=self.held_out if self.data.held_out else None,
                 quiet=config.quiet,
+                **how,
             )
             self.model.eval()
             save_adapter(self.model, self.run.directory / "adapter")
@@ -72,15 +76,16 @@ class Finetuning:
         return result
 
 
-def prepare(config: RunConfig) -> Finetuning:
-    """Read data and model, attach the adapters, and open the run's directory."""
+def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
+    """Read data and model, attach the adapters, and open the run's directory.
+
+    A run that is there already is gone on with: nothing in it is written anew.
+    """
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, tokenizer)
-    hashes = {data.manifest["file"]: data.manifest["sha256"]}
-    run = Run.create(config.directory(), config, overwrite=config.overwrite, device=device, data=hashes)
-    with run:
-        run.write_data(data.manifest, preview(data.train, tokenizer))
+    opened = run or create(config, data, tokenizer, device)
+    with opened:
         quant = config.quant if config.quantize else None
         model = causal(load(config.model, quant, pick_dtype(config.dtype, device), device), "training on responses")
         longest = max(len(e.input_ids) for e in [*data.train, *data.held_out])
@@ -97,11 +102,26 @@ def prepare(config: RunConfig) -> Finetuning:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         model.gradient_checkpointing = config.gradient_checkpointing
-    return Finetuning(config, model, tokenizer, data, run)
+    return Finetuning(config, model, tokenizer, data, opened)
+
+
+def create(config: RunConfig, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> Run:
+    """A new directory, with what is trained on in it."""
+    hashes, base = {data.manifest["file"]: data.manifest["sha256"]}, fingerprint(config.model)
+    run = Run.create(config.directory(), config, overwrite=config.overwrite, device=device, data=hashes, base=base)
+    with run:
+        run.write_data(data.manifest, preview(data.train, tokenizer))
+    return run
 
 
 def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
     finetuning = prepare(options)
+    introduce(finetuning, console)
+    return outcome(finetuning, finetuning.train(), console)
+
+
+def introduce(finetuning: Finetuning, console: "Console") -> None:
+    """Say what is trained, and on what."""
     manifest = finetuning.data.manifest
     console.print(
         f"{manifest['file']}: {manifest['format']} records, {manifest['train']} to train on, "
@@ -109,7 +129,10 @@ def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
         f"{manifest['label_share']:.0%} of {manifest['tokens']:,} tokens are learned"
     )
     console.print(statement(parts_in_memory(finetuning.model)))
-    result = finetuning.train()
+
+
+def outcome(finetuning: Finetuning, result: TrainResult, console: "Console") -> dict[str, Any]:
+    """Say what came of it, and give it as JSON would; a run that was interrupted ends the process."""
     directory = str(finetuning.run.directory)
     for evaluation in (result.evaluations[0], result.evaluations[-1]) if result.evaluations else ():
         console.print(f"held-out loss {evaluation['loss']:.4f} after step {evaluation['step']:.0f}")
@@ -125,5 +148,5 @@ def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
         "seconds": round(result.seconds, 2),
         "peak_memory": result.peak_memory,
         "optimizer": {"state_bytes": result.state_bytes, "managed_bytes": result.managed_bytes},
-        "data": manifest,
+        "data": finetuning.data.manifest,
     }

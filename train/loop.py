@@ -140,10 +140,11 @@ def train(
         device = next(iter(parameters.values())).device
         total = total_steps(config, batches)
         optimizer = stack.enter_context(make_optimizer(parameters, config.optimizer))  # its memory goes with the block
-        state = LoopState()
+        state, notes = LoopState(), list[str]()
         if begin is not None:
+            notes = going_on(begin, total, config.optimizer)
             state = begin.restore(model, parameters, optimizer, restore)
-            run.cut_journals(begin.journals)
+            notes += run.go_on(config, begin.journals)
             run.step = state.step
         spikes = Spikes(read_metrics(run.directory))
         progress = Progress(total, done=state.step, every=config.log_every, quiet=quiet, write=run.log)
@@ -166,7 +167,7 @@ def train(
             if state.step != saved:
                 keep = config.keep_checkpoints
                 place = save_snapshot(run, model, parameters, optimizer, state, total=total, keep=keep, save=save)
-                run.log(f"step {state.step}/{total}  saved {place}")
+                run.log(f"step {state.step}/{total}  saved {place.relative_to(run.directory)}")
                 saved = state.step
             asked.unlink(missing_ok=True)
 
@@ -197,6 +198,8 @@ def train(
         try:
             with progress, Interrupt() as interrupt:
                 model.train()
+                for note in notes:
+                    progress.say(note)
                 if config.dry_step and state.step < total:
                     try_longest(model, parameters, optimizer, batches, state)
                 groups = accumulated(batches, config.accumulation, state, total)
@@ -232,6 +235,21 @@ def train(
         managed_bytes=managed_bytes,
         signal=None if done else interrupt.signal,
     )
+
+
+def going_on(begin: Snapshot, total: int, config: OptimizerConfig) -> list[str]:
+    """Say from where a run goes on, and whether it now has another schedule."""
+    made = begin.state.step
+    if made > total:
+        raise ConfigError(f"the run has made {made} steps already, which is more than the {total} that are asked for")
+    said = [f"going on after step {made}/{total}, from {begin.directory}"]
+    before, now = ([learning_rate(i + 1, n, config) for i in range(made)] for n in (begin.total, total))
+    if before != now:
+        said.append(
+            f"the run is {total} steps long now and was {begin.total}, and its learning rate depends on that: the "
+            f"{made} steps before had the rates of the one, those to come have the rates of the other"
+        )
+    return said
 
 
 def evaluation_due(state: LoopState, config: LoopConfig, total: int) -> bool:

@@ -19,7 +19,8 @@ import sys
 import time
 import tomllib
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -99,12 +100,22 @@ class Run:
     ) -> None:
         """Write what a run has before its first step, in place of whatever a run has left in the directory."""
         clear(self.directory)
-        write_whole(self.directory / "config.toml", to_toml(config))
+        self.settings(config)
         self.status("running")
         env = environment(device, sys.argv if argv is None else argv)
         self.write_json("env.json", env | {"data": dict(data or {}), "base": dict(base or {})})
         for name in ("log.txt", "metrics.jsonl", "timing.jsonl"):
             (self.directory / name).touch()
+
+    def go_on(self, config: Any, journals: Mapping[str, int]) -> list[str]:
+        """Take the run back to a checkpoint at which its journals had these sizes; say what that cut from them."""
+        self.settings(config)
+        self.status("running")
+        return [f"cut {count} lines of {name}" for name, count in self.cut_journals(journals).items()]
+
+    def settings(self, config: Any) -> None:
+        """Replace config.toml."""
+        write_whole(self.directory / "config.toml", to_toml(config))
 
     def status(self, text: str) -> None:
         """Replace STATUS; only the first line of a reason stays."""
@@ -188,6 +199,22 @@ class Run:
         if self.held is None:
             self.held = lock(self.directory)
 
+    @contextmanager
+    def untouched(self) -> Iterator["Run"]:
+        """As `with run:`, but how the block ends leaves no trace in the directory."""
+        self.hold()
+        self.depth += 1
+        try:
+            yield self
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            unlock(self.held)
+            self.held = None
+
     def __enter__(self) -> "Run":
         self.hold()
         self.depth += 1
@@ -196,12 +223,9 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.depth -= 1
         if error is not None:
             self.tell_of(error)
-        if self.depth == 0:
-            unlock(self.held)
-            self.held = None
+        self.leave()
 
     def tell_of(self, error: BaseException) -> None:
         """Say in STATUS and in log.txt how the run ended; on a full disk that may not work, and the error counts."""
