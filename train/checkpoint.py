@@ -26,14 +26,21 @@ ASIDE = ".tmp-"
 def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep: int) -> Path:
     """Make the checkpoint of a step from the files that `fill` writes, and remove old ones beyond the last `keep`.
 
-    If the step has a good one, it is one that the run began from, and stays.
+    If the step has a good one, it is one that the run began from, and stays; a kill may have come before the rest.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
     place = folder / f"step-{step:06d}"
-    if place.exists() and problem(place) is None:
-        return place
-    aside = folder / f"{ASIDE}{place.name}"
+    if not (place.exists() and problem(place) is None):
+        put(place, fill)
+    write_whole(folder / "latest", f"{place.name}\n")
+    prune(folder, keep)
+    return place
+
+
+def put(place: Path, fill: Callable[[Path], None]) -> None:
+    """Write a checkpoint beside its place, and rename it when it is whole."""
+    aside = place.with_name(f"{ASIDE}{place.name}")
     try:
         aside.mkdir()
         fill(aside)
@@ -43,10 +50,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
         os.rename(aside, place)
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # what cannot be removed now is removed before the next one
-    sync_file(folder)
-    write_whole(folder / "latest", f"{place.name}\n")
-    prune(folder, keep)
-    return place
+    sync_file(place.parent)
 
 
 def newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
@@ -76,8 +80,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
-def problem(directory: Path, hashes: bool = True) -> str | None:
-    """Say in which way a checkpoint is not as it was written; None if it is. Without hashes only sizes are compared."""
+def problem(directory: Path) -> str | None:
+    """Say in which way a checkpoint is not as it was written; None if it is."""
     try:
         files = read_manifest(directory / MANIFEST)
         for name, (size, digest) in files.items():
@@ -86,7 +90,7 @@ def problem(directory: Path, hashes: bool = True) -> str | None:
                 return f"it lacks {name}"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, and MANIFEST.json says {size}"
-            if hashes and sha256_of(path) != digest:
+            if sha256_of(path) != digest:
                 return f"{name} has another sha256 than MANIFEST.json says"
     except FileNotFoundError:
         return f"it lacks {MANIFEST}, which is written last"
@@ -119,15 +123,17 @@ def seal(directory: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` whole checkpoints, the newest of them judged by its hashes.
+    """Remove what is older than the newest `keep` whole checkpoints.
 
-    What is torn does not count, so that the only good one is never removed for its sake.
+    What is torn or altered does not count, so that the only good one is never removed for its sake.
     """
+    if len(checkpoints(folder)) <= keep:
+        return
     good = 0
     for directory in checkpoints(folder):
         if good >= keep:
             discard(directory)
-        elif problem(directory, hashes=good == 0) is None:
+        elif problem(directory) is None:
             good += 1
 
 

@@ -149,7 +149,6 @@ def train(
         spikes = Spikes(read_metrics(run.directory))
         progress = Progress(total, done=state.step, every=config.log_every, quiet=quiet, write=run.log)
         asked = run.directory / "save"
-        saved = -1 if begin is None else state.step
 
         def evaluate() -> None:
             if eval_fn:
@@ -163,12 +162,9 @@ def train(
             state.evaluated = state.step
 
         def checkpoint() -> None:
-            nonlocal saved
-            if state.step != saved:
-                keep = config.keep_checkpoints
-                place = save_snapshot(run, model, parameters, optimizer, state, total=total, keep=keep, save=save)
-                run.log(f"step {state.step}/{total}  saved {place.relative_to(run.directory)}")
-                saved = state.step
+            keep = config.keep_checkpoints
+            place = save_snapshot(run, model, parameters, optimizer, state, total=total, keep=keep, save=save)
+            run.log(f"step {state.step}/{total}  saved {place.relative_to(run.directory)}")
             asked.unlink(missing_ok=True)
 
         def step(micro_batches: list[Batch]) -> None:
