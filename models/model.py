@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.whole import computed_dtype
+
 
 class Config(Protocol):
     """What every model's configuration can be asked."""
@@ -77,11 +79,11 @@ class Model(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What activations are computed in."""
-        return self.embedding.weight.dtype
+        return computed_dtype(self.embedding, "weight")
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return next(self.embedding.parameters()).device  # its weight may have to be rounded first
 
     @property
     def gradient_checkpointing(self) -> bool:
