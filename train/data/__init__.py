@@ -1,5 +1,6 @@
 """Data: from files of records to batches of tokens, and what of them is learned."""
 
-from train.data.dataset import DataConfig, Dataset, load_data, padding_id, preview
+from train.data.config import DataConfig
+from train.data.dataset import Dataset, load_data, padding_id, preview
 
 __all__ = ["DataConfig", "Dataset", "load_data", "padding_id", "preview"]

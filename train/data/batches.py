@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 IGNORED = -100  # a label that the loss leaves out
@@ -43,7 +43,8 @@ class Tokenized:
 
     input_ids: list[int]
     labels: list[int]
-    """At each place its own id, to be learned, or IGNORED; the model shifts them."""
+    """For a causal model at each place its own id, to be learned, or IGNORED, and the model shifts them; for a
+    seq2seq model the target; empty where a text has a `label`."""
     where: str
     """File and line that it came from."""
     opening: str = ""
@@ -51,10 +52,13 @@ class Tokenized:
     cut_prompt: bool = False
     cut_response: bool = False
     """Whether the response lost its end, and with it the end-of-text id."""
+    label: int | float | None = None
+    """The class of a text, or its number."""
 
     @property
     def label_count(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
+        """How much there is to learn: label tokens, or the one label of a text."""
+        return sum(label != IGNORED for label in self.labels) if self.label is None else 1
 
 
 class Batches:
@@ -101,14 +105,22 @@ class Batches:
         return batches
 
 
-def collate(examples: Sequence[Tokenized], pad_id: int) -> dict[str, Int[Tensor, "B T"]]:
+def collate(examples: Sequence[Tokenized], pad_id: int) -> dict[str, Shaped[Tensor, "..."]]:
     """Examples of different length as one batch, padded on the right; its keys are what model.loss takes."""
-    B, T = len(examples), max(len(e.input_ids) for e in examples)
-    ids, labels = torch.full((B, T), pad_id), torch.full((B, T), IGNORED)
-    mask = torch.zeros((B, T), dtype=torch.long)
-    for row, example in enumerate(examples):
-        n = len(example.input_ids)
-        ids[row, :n] = torch.tensor(example.input_ids)
-        labels[row, :n] = torch.tensor(example.labels)
-        mask[row, :n] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {
+        "input_ids": padded([e.input_ids for e in examples], pad_id),
+        "attention_mask": padded([[1] * len(e.input_ids) for e in examples], 0),
+        "labels": (
+            padded([e.labels for e in examples], IGNORED)
+            if examples[0].label is None
+            else torch.tensor([e.label for e in examples])
+        ),
+    }
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Int[Tensor, "B T"]:
+    """Rows as one tensor, as wide as the longest."""
+    tensor = torch.full((len(rows), max(map(len, rows))), fill)
+    for place, row in enumerate(rows):
+        tensor[place, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return tensor

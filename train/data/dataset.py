@@ -17,53 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from models.chat import render_chat
 from models.errors import ConfigError, DataError
 from models.tokenizer import Tokenizer
+from train.data import labelled, seq2seq
 from train.data.batches import IGNORED, Tokenized
-from train.data.formats import Example, read_examples
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What to train on, and what of it."""
-
-    path: str
-    """File of records: JSON, JSONL, CSV or TSV."""
-    format: str | None = None
-    """Layout of the records; found from their keys by default."""
-    template: Literal["plain", "chat"] = "plain"
-    """How a prompt and its response are joined: as they are, or as a chat. Conversations are always chats."""
-    chat_style: Literal["chatml", "guanaco"] | None = None
-    """Form of a chat: the tokenizer's own by default, Guanaco's for Guanaco's records."""
-    train_on_source: bool = False
-    """Learn the prompt too."""
-    max_len: int | None = None
-    """Tokens of an example; what is beyond is cut."""
-    source_max_len: int | None = None
-    """Tokens before the first response; their beginning is cut, since their end is nearest to the answer."""
-    target_max_len: int | None = None
-    """Tokens of a response, its end-of-text id included; what is beyond is cut."""
-    eval_size: int | float = 0.1
-    """Examples held out: a share below 1, or a number."""
-    group_by_length: bool = True
-    """Put examples of like length together, which saves padding."""
-    seed: int = 42
-    """Decides which examples are held out, and their order."""
-
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise ValueError("path must name a data file")
-        for name in ("max_len", "source_max_len", "target_max_len"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name} is {value}; at least 2 tokens are needed")
-        if not self.eval_size >= 0:
-            raise ValueError(f"eval_size is {self.eval_size}; it must be 0 or more")
-        if self.eval_size >= 1 and self.eval_size != int(self.eval_size):
-            raise ValueError(f"eval_size is {self.eval_size}; give a share below 1 or a whole number")
+from train.data.config import DataConfig
+from train.data.examples import open_examples
+from train.data.formats import Example
 
 
 @dataclass(frozen=True)
@@ -75,10 +38,12 @@ class Dataset:
     manifest: dict[str, Any]
 
 
-def load_data(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
+def load_data(config: DataConfig, tokenizer: Tokenizer, task: str = "causal") -> Dataset:
     """Read, tokenize and split a file; examples without a token to learn are dropped and counted."""
-    examples, layout = read_examples(config.path, config.format)
-    tokenized = [tokenize(example, tokenizer, config, layout) for example in examples]
+    examples = open_examples(config.path, config.format)
+    layout = examples.format
+    ids = {"causal": tokenize, "seq2seq": seq2seq.tokenize}.get(task, labelled.tokenize)
+    tokenized = [ids(example, tokenizer, config, layout) for example in examples]
     kept = [t for t in tokenized if t.label_count]
     dropped = [t.where for t in tokenized if not t.label_count]
     if not kept:
