@@ -52,6 +52,7 @@ def opening(finetuning: Finetuning, given: RunConfig) -> list[str]:
     ]
     if config.task in HEADS:
         lines.append(head(finetuning, given))
+    lines += finetuning.data.warnings
     if not config.adapters:
         lines.append("every weight is trained, in float32")
     return [*lines, statement(parts_in_memory(finetuning.model))]

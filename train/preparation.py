@@ -26,7 +26,7 @@ from train.loop import TrainResult, train
 from train.recipe import RunConfig
 from train.run import Run
 from train.seed import seed_everything
-from train.task import with_task
+from train.task import plan
 
 
 @dataclass
@@ -47,7 +47,13 @@ class Finetuning:
 
     def held_out(self, step: int) -> dict[str, float]:
         """Loss on the examples held out, and of labels how far they agree; the loop writes it down."""
-        batches = Batches(self.data.held_out, self.config.batch_size, padding_id(self.tokenizer), group_by_length=True)
+        batches = Batches(
+            self.data.held_out,
+            self.config.batch_size,
+            padding_id(self.tokenizer),
+            group_by_length=True,
+            batch_tokens=self.config.batch_tokens,
+        )
         inputs = (batch.inputs for batch in batches.epoch(0))
         if self.config.task not in HEADS:
             result = held_out_loss(self.model, inputs)
@@ -63,7 +69,13 @@ class Finetuning:
         """Run the loop, which takes what else is given, then write the result and check what was written."""
         config, data = self.config, self.config.data
         batches = Batches(
-            self.data.train, config.batch_size, padding_id(self.tokenizer), data.seed, data.group_by_length
+            self.data.train,
+            config.batch_size,
+            padding_id(self.tokenizer),
+            data.seed,
+            data.group_by_length,
+            batch_tokens=config.batch_tokens,
+            row_tokens=data.max_len if data.pack else None,
         )
         with self.run:
             result = train(
@@ -98,16 +110,16 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model)
     base = describe(config.model)
-    config, labels = with_task(config, base)
-    data = load_data(config.data, tokenizer, config.task)
-    data.manifest["task"] = config.task
-    if config.task in HEADS:
-        data.manifest["labels"] = list(labels)
+    planned = plan(config, base)
+    config = planned.config
+    data = load_data(config.data, tokenizer, planned.task)
+    if planned.task in HEADS:
+        data.manifest["labels"] = list(planned.labels)
     check_length(data, base)
     opened = run or create(config, data, tokenizer, device)
     with opened:
         seed_everything(config.seed)
-        model = trainable_model(config, labels, device)
+        model = trainable_model(config, planned.labels, device)
         model.gradient_checkpointing = config.gradient_checkpointing
     return Finetuning(config, model, tokenizer, data, opened)
 

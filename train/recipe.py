@@ -10,8 +10,6 @@ from nf4 import QuantConfig
 from train.data import DataConfig
 from train.loop import LoopConfig
 
-Task = Literal["auto", "causal", "seq2seq", "classification", "regression"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(LoopConfig):
@@ -32,7 +30,7 @@ class RunConfig(LoopConfig):
     """Store the base's linear layers in few bits; without it this is plain LoRA."""
     adapters: bool = True
     """Train adapters on a frozen base; without it every weight is trained, which needs quantize = false."""
-    task: Task = "auto"
+    task: Literal["auto", "causal", "seq2seq", "classification", "regression"] = "auto"
     """What is learned; auto follows from the model and, for a RoBERTa, from the labels of the data."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them."""

@@ -4,12 +4,13 @@ A LLaMA writes on from a text, a T5 writes another text; either writes a label a
 RoBERTa gives a text a class or a number.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from models import ConfigError, DataError
 from models.checkpoint import Description
+from train.data.dataset import Task
 from train.data.examples import Examples, open_examples
-from train.recipe import RunConfig, Task
+from train.recipe import RunConfig
 
 TASKS: dict[str, tuple[Task, ...]] = {
     "llama": ("causal",),
@@ -20,8 +21,19 @@ NAMES = {"llama": "a LLaMA", "t5": "a T5", "roberta": "a RoBERTa"}
 CLASSIFIER = "classifier"  # the module that gives the label, in all RoBERTas
 
 
-def with_task(config: RunConfig, base: Description) -> tuple[RunConfig, tuple[str, ...]]:
-    """The config with its task in it and what follows from that, and the classes of its data by number.
+@dataclass(frozen=True)
+class Plan:
+    """What a run learns."""
+
+    config: RunConfig
+    """With its task in it, and what follows from that."""
+    task: Task
+    labels: tuple[str, ...] = ()
+    """The classes of its data by number."""
+
+
+def plan(config: RunConfig, base: Description) -> Plan:
+    """Decide the task of a run from its checkpoint and, for a RoBERTa, from the labels of its data.
 
     The classifier is trained whole, in float32, whether it is new or not: the label hangs on it alone.
     """
@@ -37,7 +49,7 @@ def with_task(config: RunConfig, base: Description) -> tuple[RunConfig, tuple[st
             "give the original checkpoint, or train adapters"
         )
     if base.architecture != "roberta":
-        return replace(config, task=able[0]), ()
+        return Plan(replace(config, task=able[0]), able[0])
 
     examples = open_examples(config.data.path, config.data.format)
     task = label_task(config, examples)
@@ -45,7 +57,7 @@ def with_task(config: RunConfig, base: Description) -> tuple[RunConfig, tuple[st
     lora = config.lora
     if config.adapters and CLASSIFIER not in lora.modules_to_save:
         lora = replace(lora, modules_to_save=(*lora.modules_to_save, CLASSIFIER))
-    return replace(config, task=task, data=data, lora=lora), tuple(examples.label_names)
+    return Plan(replace(config, task=task, data=data, lora=lora), task, tuple(examples.label_names))
 
 
 def label_task(config: RunConfig, examples: Examples) -> Task:

@@ -28,6 +28,9 @@ class DataConfig:
     """Examples held out: a share below 1, or a number."""
     group_by_length: bool = True
     """Put examples of like length together, which saves padding."""
+    pack: bool = False
+    """Fill rows of max_len tokens with several examples each, which attend to themselves alone; such rows are of
+    like length already. For causal models."""
     seed: int = 42
     """Decides which examples are held out, and their order."""
 
@@ -38,6 +41,8 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ValueError(f"{name} is {value}; at least 2 tokens are needed")
+        if self.pack and self.max_len is None:
+            raise ValueError("pack needs max_len, the length of the rows to fill")
         if not self.eval_size >= 0:
             raise ValueError(f"eval_size is {self.eval_size}; it must be 0 or more")
         if self.eval_size >= 1 and self.eval_size != int(self.eval_size):

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from models.errors import ConfigError, DataError
 from models.tokenizer import Tokenizer
-from train.data.batches import IGNORED, Tokenized
 from train.data.config import DataConfig
 from train.data.formats import Example
+from train.data.tokenized import IGNORED, Tokenized
 
 
 def tokenize(example: Example, tokenizer: Tokenizer, config: DataConfig, layout: str = "") -> Tokenized:

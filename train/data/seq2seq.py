@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from models.errors import ConfigError
 from models.tokenizer import Tokenizer
-from train.data.batches import Tokenized
 from train.data.config import DataConfig
 from train.data.formats import Example, Message
+from train.data.tokenized import Tokenized
 
 
 def tokenize(example: Example, tokenizer: Tokenizer, config: DataConfig, layout: str = "") -> Tokenized:
