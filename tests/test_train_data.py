@@ -12,7 +12,9 @@ from models.errors import ConfigError, DataError
 from models.tokenizer import Tokenizer
 from train.data.batches import IGNORED, Tokenized, collate
 from train.data.dataset import DataConfig, load_data, padding_id, preview, split, tokenize
-from train.data.formats import FORMATS, Example, read_examples
+from train.data.example import Example
+from train.data.examples import open_examples
+from train.data.formats import FORMATS
 
 BOS, EOS, START, END = 256, 257, 258, 259
 DEMO = Path(__file__).parent.parent / "train" / "demo_data" / "oasst1_english.jsonl"
@@ -345,8 +347,8 @@ def test_a_preview_shows_every_token(example, tokenizer, config):
 
 
 def test_the_demo_data_reads_as_conversations_that_end_with_an_answer():
-    examples, layout = read_examples(DEMO)
-    assert layout == "prompt-completion"
+    examples = open_examples(DEMO)
+    assert examples.format == "prompt-completion"
     assert len(examples) == 320
     assert all(e.last_only and e.messages[0]["role"] == "user" for e in examples)
     records = [json.loads(line) for line in DEMO.read_text().splitlines()]

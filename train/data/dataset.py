@@ -23,7 +23,8 @@ from models.chat import render_chat
 from models.errors import ConfigError, DataError
 from models.tokenizer import Tokenizer
 from train.data.batches import IGNORED, Tokenized
-from train.data.formats import Example, read_examples
+from train.data.example import Example
+from train.data.examples import open_examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ class Dataset:
 
 def load_data(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     """Read, tokenize and split a file; examples without a token to learn are dropped and counted."""
-    examples, layout = read_examples(config.path, config.format)
+    examples = open_examples(config.path, config.format)
+    layout = examples.format
     tokenized = [tokenize(example, tokenizer, config, layout) for example in examples]
     kept = [t for t in tokenized if t.label_count]
     dropped = [t.where for t in tokenized if not t.label_count]
