@@ -18,7 +18,7 @@ from train.data.example import Example, Kind
 from train.data.formats import FORMATS, known
 from train.data.oasst import read_thread
 from train.data.records import RecordFile, beginning
-from train.data.survey import Skipped, Sources, Survey, parts
+from train.data.scan import Skipped, Sources, Scan, parts
 
 __all__ = ["Examples", "FileFacts", "Kind", "open_examples"]
 
@@ -49,13 +49,13 @@ class Examples(Sequence[Example]):
     skipped: list[Skipped]
     """What was passed over, as its data set means it."""
 
-    def __init__(self, path: Path, sources: Sources, survey: Survey) -> None:
-        assert survey.format is not None
-        self.path, self.format, self.sources, self.places = path, survey.format, sources, survey.places
+    def __init__(self, path: Path, sources: Sources, scan: Scan) -> None:
+        assert scan.format is not None
+        self.path, self.format, self.sources, self.places = path, scan.format, sources, scan.places
         self.layout = FORMATS[self.format]
         self.kind = self.layout.kind
-        self.label_names = class_names(survey.classes) if self.layout.classes else self.layout.label_names
-        self.records, self.skipped = survey.total, list(survey.skipped.values())
+        self.label_names = class_names(scan.classes) if self.layout.classes else self.layout.label_names
+        self.records, self.skipped = scan.total, list(scan.skipped.values())
 
     @property
     def files(self) -> list[FileFacts]:
@@ -90,13 +90,13 @@ def open_examples(path: str | Path, format: str | None = None) -> Examples:
     if format is not None:
         known(format)
     files = [record_file(file, format) for file in data_files(path)]
-    survey = Survey(format)
+    scan = Scan(format)
     for file in files:
-        survey.read(file)
+        scan.read(file)
     sources = Sources(files)
-    survey.plant(sources)
-    survey.finish(path)
-    return Examples(path, sources, survey)
+    scan.plant(sources)
+    scan.finish(path)
+    return Examples(path, sources, scan)
 
 
 def record_file(path: Path, format: str | None) -> RecordFile:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from models.errors import ConfigError
 from train.data import chat_formats, class_formats, glue, instruction_formats, oasst, superni
-from train.data.example import Example, Kind
+from train.data.example import Example, Kind, Message
 from train.data.records import Record, printable
+
+__all__ = ["FORMATS", "Example", "Format", "Message", "detect", "fits", "known", "misfit"]
 
 Keys = tuple[tuple[str, ...], ...]
 

@@ -22,7 +22,7 @@ from train.data.tables import WrongWidth
 SHOWN = 5  # problems that a refusal lists; it gives the number of the others
 
 
-class Survey:
+class Scan:
     """What reading every record once tells: the layout, where the examples are, and what cannot be used."""
 
     def __init__(self, format: str | None) -> None:
