@@ -45,7 +45,13 @@ class Finetuning:
 
     def held_out(self, step: int) -> dict[str, float]:
         """Loss on the examples held out; the loop writes it down before, during and after training."""
-        batches = Batches(self.data.held_out, self.config.batch_size, padding_id(self.tokenizer), group_by_length=True)
+        batches = Batches(
+            self.data.held_out,
+            self.config.batch_size,
+            padding_id(self.tokenizer),
+            group_by_length=True,
+            batch_tokens=self.config.batch_tokens,
+        )
         result = held_out_loss(self.model, (batch.inputs for batch in batches.epoch(0)))
         return {"loss": result.loss, "labels": result.tokens}
 
@@ -53,7 +59,13 @@ class Finetuning:
         """Run the loop, then write the adapter and check what was written."""
         config, data = self.config, self.config.data
         batches = Batches(
-            self.data.train, config.batch_size, padding_id(self.tokenizer), data.seed, data.group_by_length
+            self.data.train,
+            config.batch_size,
+            padding_id(self.tokenizer),
+            data.seed,
+            data.group_by_length,
+            batch_tokens=config.batch_tokens,
+            row_tokens=data.max_len if data.pack else None,
         )
         with self.run:
             result = train(
@@ -82,7 +94,7 @@ def prepare(config: RunConfig) -> Finetuning:
         run.write_data(data.manifest, preview(data.train, tokenizer))
         quant = config.quant if config.quantize else None
         model = causal(load(config.model, quant, pick_dtype(config.dtype, device), device), "training on responses")
-        longest = max(len(e.input_ids) for e in [*data.train, *data.held_out])
+        longest = data.manifest["longest"]
         if longest > model.max_tokens:
             raise ConfigError(
                 f"data: the longest example has {longest} tokens, but the model knows {model.max_tokens} "
@@ -107,6 +119,8 @@ def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
         f"{manifest['held_out']} held out, {manifest['dropped']} dropped; "
         f"{manifest['label_share']:.0%} of {manifest['tokens']:,} tokens are learned"
     )
+    for warning in finetuning.data.warnings:
+        console.print(warning)
     console.print(statement(parts_in_memory(finetuning.model)))
     result = finetuning.train()
     directory = str(finetuning.run.directory)

@@ -258,7 +258,9 @@ def spread(lengths: "array[int]") -> dict[str, Any]:
     ordered = sorted(lengths)
     if not ordered:
         return {"median": 0, "p90": 0, "p99": 0, "longest": 0, "histogram": []}
-    ranks = {name: ordered[-(-share * len(ordered) // 100) - 1] for name, share in (("median", 50), ("p90", 90), ("p99", 99))}
+    ranks = {
+        name: ordered[-(-share * len(ordered) // 100) - 1] for name, share in (("median", 50), ("p90", 90), ("p99", 99))
+    }
     counts = Counter(length.bit_length() for length in ordered)
     bins = [(2**bits // 2, max(0, 2**bits - 1), counts[bits]) for bits in range(min(counts), max(counts) + 1)]
     return {**ranks, "longest": ordered[-1], "histogram": [list(it) for it in bins]}

@@ -18,7 +18,7 @@ from train.data.example import Example, Kind
 from train.data.formats import FORMATS, known
 from train.data.oasst import read_thread
 from train.data.records import RecordFile, beginning
-from train.data.scan import Skipped, Sources, Scan, parts
+from train.data.scan import Scan, Skipped, Sources, parts
 
 __all__ = ["Examples", "FileFacts", "Kind", "open_examples"]
 
