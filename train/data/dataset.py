@@ -172,7 +172,7 @@ def manifest(
     """What became of a data file, for data/manifest.json."""
     tokens, labels = int(used.inputs.sum() + used.targets.sum()), int(used.labels.sum())
     return {
-        **fingerprint(examples.path, [examples.path]),
+        **fingerprint(examples.path, [source.path for source in examples.sources.files]),
         "format": examples.format,
         "task": task,
         "template": config.template,
