@@ -53,7 +53,9 @@ class LoopConfig:
     """How long to train, in which steps, and when to look at held-out examples."""
 
     batch_size: int = 1
-    """Examples in a micro-batch, which is what must fit into memory at once."""
+    """Examples in a micro-batch, which is what must fit into memory at once; packed rows, with data.pack."""
+    batch_tokens: int | None = None
+    """Tokens in a micro-batch at most, padding included; if set, batch_size is ignored."""
     accumulation: int = 16
     """Micro-batches in a step of the optimizer."""
     max_steps: int | None = None
@@ -74,15 +76,8 @@ class LoopConfig:
     """How the adapters are moved."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "accumulation",
-            "max_steps",
-            "eval_steps",
-            "save_steps",
-            "keep_checkpoints",
-            "log_every",
-        ):
+        counts = ("batch_size", "batch_tokens", "accumulation", "max_steps", "log_every")
+        for name in (*counts, "eval_steps", "save_steps", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")

@@ -16,7 +16,8 @@ from models.errors import ConfigError
 from models.fingerprint import fingerprint
 from train.config import read_config
 from train.files import TEMPORARY
-from train.finetune import Finetuning, introduce, outcome, prepare
+from train.finetune import introduce, outcome
+from train.preparation import Finetuning, prepare
 from train.recipe import RunConfig
 from train.run import Run, environment
 from train.snapshot import Snapshot, newest_snapshot
@@ -63,12 +64,12 @@ def command(options: ResumeOptions, console: "Console") -> dict[str, Any]:
             check_unchanged(run, config, begin)
             finetuning = prepare(config, run)
             check_data(finetuning, begin)
-            introduce(finetuning, console)
+            introduce(finetuning, config, console)
             return outcome(finetuning, finetuning.train(begin=begin), console)
         run.status("running")  # with which a directory holds a run that may be begun again
     tell(run, console, f"{run.directory} has no checkpoint yet, so it begins again")
     finetuning = prepare(replace(config, out=str(run.directory), overwrite=True))
-    introduce(finetuning, console)
+    introduce(finetuning, config, console)
     return outcome(finetuning, finetuning.train(), console)
 
 
