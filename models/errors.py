@@ -41,3 +41,12 @@ class NonFiniteError(Refusal):
     """A loss or gradient that is no longer a number."""
 
     exit_code = 6
+
+
+class WriteError(Refusal):
+    """A run's directory that takes no more: a full disk, a quota.
+
+    It has a code of its own, since nothing that was given is wrong: with room made, the same command goes on.
+    """
+
+    exit_code = 7

@@ -1,6 +1,8 @@
 """Tokens, masks, limits and the split: what is learned of an example, and what never is."""
 
+import hashlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,15 @@ from hypothesis import strategies as st
 
 from models.errors import ConfigError, DataError
 from models.tokenizer import Tokenizer
-from train.data.batches import IGNORED, Tokenized, collate
-from train.data.dataset import DataConfig, load_data, padding_id, preview, split, tokenize
-from train.data.formats import FORMATS, Example, read_examples
+from train.data import DataConfig, load_data, padding_id, preview
+from train.data.batches import Measured
+from train.data.causal import tokenize
+from train.data.dataset import fingerprint
+from train.data.examples import open_examples
+from train.data.formats import FORMATS, Example
+from train.data.split import split
+from train.data.survey import survey
+from train.data.tokenized import IGNORED, Tokenized, collate
 
 BOS, EOS, START, END = 256, 257, 258, 259
 DEMO = Path(__file__).parent.parent / "train" / "demo_data" / "oasst1_english.jsonl"
@@ -215,42 +223,56 @@ def test_padding_falls_back_to_the_end_of_text_id_and_then_to_0():
 # Splitting
 
 
-def rows(*openings):
-    return [Tokenized([1, 2], [IGNORED, 2], f"f:{n}", o) for n, o in enumerate(openings)]
+def parted(openings, size, seed):
+    """Split examples that open so: the numbers of those to train on and of those held out."""
+    found = survey([Tokenized([1, 2], [IGNORED, 2], f"f:{n}", o) for n, o in enumerate(openings)], ())
+    train, held_out = split(found.openings, size, seed, lambda n: f"f:{n}")
+    return train.tolist(), held_out.tolist()
+
+
+def plainly(openings, count, seed):
+    """The rule in a few words of Python: whole groups in shuffled order, as long as they fit."""
+    groups = {}
+    for place, opening in enumerate(openings):
+        groups.setdefault(opening, []).append(place)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    chosen = []
+    for group in order:
+        if len(chosen) + len(group) <= count:
+            chosen += group
+    return sorted(set(range(len(openings))) - set(chosen)), sorted(chosen)
 
 
 @given(openings=st.lists(st.integers(0, 9).map(str), min_size=2, max_size=40), seed=st.integers(0, 99))
 def test_a_split_parts_the_examples_and_keeps_those_that_open_alike_together(openings, seed):
-    given_rows = rows(*openings)
-    if len(set(openings)) == 1:
-        return
     biggest = max(openings.count(o) for o in openings)
     if biggest >= len(openings):
         return
-    train, held_out = split(given_rows, biggest, seed)
-    assert sorted(e.where for e in train + held_out) == sorted(e.where for e in given_rows)
+    train, held_out = parted(openings, biggest, seed)
+    assert sorted(train + held_out) == list(range(len(openings)))
     assert 0 < len(held_out) <= biggest
-    assert not {e.opening for e in train} & {e.opening for e in held_out}
-    assert [e for e in given_rows if e in train] == train  # in the file's order
-    assert split(given_rows, biggest, seed) == (train, held_out)
+    assert not {openings[n] for n in train} & {openings[n] for n in held_out}
+    assert (train, held_out) == (sorted(train), sorted(held_out))  # in the file's order
+    assert (train, held_out) == plainly(openings, biggest, seed) == parted(openings, biggest, seed)
 
 
 def test_a_split_of_different_openings_has_exactly_the_size_asked_for():
-    given_rows = rows(*map(str, range(50)))
+    openings = list(map(str, range(50)))
     for size, count in ((0, 0), (1, 1), (7, 7), (0.1, 5), (0.001, 1), (49, 49)):
-        assert len(split(given_rows, size, 1)[1]) == count
-    assert split(given_rows, 7, 1) != split(given_rows, 7, 2)
+        assert len(parted(openings, size, 1)[1]) == count
+    assert parted(openings, 7, 1) != parted(openings, 7, 2)
 
 
 def test_examples_without_an_opening_are_each_their_own():
-    assert len(split(rows("", "", "", ""), 2, 0)[1]) == 2
+    assert len(parted(["", "", "", ""], 2, 0)[1]) == 2
 
 
 def test_a_split_that_cannot_be_made_is_refused():
     with pytest.raises(DataError, match=r"4 usable examples cannot give 4 held-out ones; lower data.eval_size"):
-        split(rows("a", "b", "c", "d"), 4, 0)
+        parted("abcd", 4, 0)
     with pytest.raises(DataError, match=r"no 1 of 4 .* open alike \(f:0 and others\)"):
-        split(rows("a", "a", "a", "a"), 1, 0)
+        parted("aaaa", 1, 0)
 
 
 # Files
@@ -265,14 +287,13 @@ def file(tmp_path):
 
 
 def test_a_dataset_says_what_became_of_its_file(file):
-    import hashlib
-
     data = load_data(configs(path=str(file), max_len=12, eval_size=5), PLAIN)
     assert {k: v for k, v in data.manifest.items() if k != "label_share"} == {
         "file": "my.jsonl",
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "bytes": file.stat().st_size,
         "format": "prompt-completion",
+        "task": "causal",
         "template": "plain",
         "records": 20,
         "dropped": 0,
@@ -284,20 +305,90 @@ def test_a_dataset_says_what_became_of_its_file(file):
         "tokens": 20 * 12 - 6,
         "label_tokens": 20 * 12 - 6 - 10 * 6 - 10 * 7,
         "longest": 12,
+        "longest_target": 0,
+        "ends": 4,
     }
     json.dumps(data.manifest)
 
 
-def test_examples_without_a_token_to_learn_are_dropped_and_counted(file):
-    data = load_data(configs(path=str(file), max_len=7, eval_size=2), PLAIN)
-    assert data.manifest["dropped"] == 10  # "Say 10:" and on take all 7 tokens
-    assert data.manifest["first_dropped"] == [f"{file}:{line}" for line in range(11, 16)]
-    assert data.manifest["train"] + data.manifest["held_out"] == 10
+def test_examples_without_a_token_to_learn_are_dropped_and_listed(tmp_path):
+    path = tmp_path / "my.jsonl"
+    records = [{"prompt": "x" * n, "completion": "y"} for n in range(1, 9)]  # n + 3 tokens, of which n are asked
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    data = load_data(configs(path=str(path), max_len=5, eval_size=1), PLAIN)
+    expected = [f"{path}:{line}: no token to learn is left within max_len=5" for line in range(5, 9)]
+    assert list(data.drops) == data.manifest["first_dropped"] == expected
+    assert data.drops[-1] == expected[-1]
+    assert list(data.drops[1:3]) == expected[1:3]
+    assert (data.manifest["dropped"], data.manifest["train"], data.manifest["held_out"]) == (4, 3, 1)
+    assert {e.where for e in (*data.train, *data.held_out)} == {f"{path}:{line}" for line in range(1, 5)}
+    assert data.warnings == ()  # half is not yet more than half
+    (warning,) = load_data(configs(path=str(path), max_len=4, eval_size=1), PLAIN).warnings
+    assert warning == (
+        f"data: 5 of 8 examples are dropped (first: {path}:4: no token to learn is left within max_len=4). "
+        "Raise data.max_len, or lower data.source_max_len"
+    )
 
 
 def test_a_file_of_which_nothing_can_be_learned_is_refused(file):
-    with pytest.raises(DataError, match=r"none of 20 examples .* max_len=5 \(first: .*my.jsonl:1\). Raise"):
+    with pytest.raises(DataError, match=r"20 of 20 examples are dropped \(first: .*my.jsonl:1: .* max_len=5\). Raise"):
         load_data(configs(path=str(file), max_len=5), PLAIN)
+
+
+def test_a_file_whose_responses_never_end_is_refused(file):
+    says = r"my.jsonl has an end-of-text id to learn.* all 20 responses are cut to target_max_len=2. Raise data.target"
+    with pytest.raises(DataError, match=says):
+        load_data(configs(path=str(file), target_max_len=2), PLAIN)
+    ends = [load_data(configs(path=str(file), target_max_len=n), PLAIN).manifest["ends"] for n in (3, 5, 99)]
+    assert ends == [1, 3, 20]  # the completions have 1, 2, 3, ... tokens, and a space and the end
+
+
+def test_the_end_of_a_turn_is_an_end_too(file):
+    data = load_data(configs(path=str(file), template="chat"), CHATML)
+    assert data.manifest["ends"] == 20
+
+
+def test_examples_are_tokenized_when_they_are_asked_for(file, monkeypatch):
+    made = []
+    data = load_data(configs(path=str(file), eval_size=5), PLAIN)
+    whole = [*data.train, *data.held_out]
+    encode = ByteTokenizer.encode
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda *a, **k: made.append(a[1]) or encode(*a, **k))
+    assert data.train[3] == whole[3]
+    assert len(made) == 2  # a prompt and its response
+    assert data.held_out[-1] == whole[-1]
+    assert list(data.train[2:4]) == whole[2:4]
+    with pytest.raises(IndexError):
+        data.train[15]
+
+
+@given(sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=3, max_size=20), limit=lengths)
+def test_the_sizes_known_beforehand_are_those_of_the_examples(tmp_path_factory, sizes, limit):
+    path = tmp_path_factory.mktemp("sizes") / "my.jsonl"
+    records = [{"prompt": "x" * a, "completion": "y" * b} for a, b in sizes]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    try:
+        data = load_data(configs(path=str(path), source_max_len=limit, eval_size=0), PLAIN)
+    except DataError:
+        return
+    assert isinstance(data.train, Measured)
+    assert data.train.sizes.tolist() == [[len(e.input_ids), 0] for e in data.train]
+
+
+def test_a_hash_is_of_all_files_in_order_and_names_the_path(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"two")):
+        (tmp_path / name).write_bytes(content)
+    found = fingerprint(tmp_path, [tmp_path / "a", tmp_path / "b"])
+    assert found == {"file": tmp_path.name, "sha256": hashlib.sha256(b"onetwo").hexdigest(), "bytes": 6}
+
+
+def test_what_a_task_cannot_learn_is_refused(file):
+    with pytest.raises(
+        DataError, match=r"\(prompt-completion\) holds examples of text, but regression needs regression"
+    ):
+        load_data(configs(path=str(file)), PLAIN, "regression")
+    with pytest.raises(ConfigError, match="only a causal language model can learn packed rows, not seq2seq"):
+        load_data(configs(path=str(file), pack=True, max_len=9), PLAIN, "seq2seq")
 
 
 def test_a_tokenizer_without_an_end_is_refused():
@@ -314,6 +405,7 @@ def test_a_tokenizer_without_an_end_is_refused():
         ({"target_max_len": -1}, "target_max_len is -1"),
         ({"eval_size": -0.1}, "eval_size is -0.1"),
         ({"eval_size": float("nan")}, "eval_size is nan"),
+        ({"pack": True}, "pack needs max_len, the length of the rows to fill"),
         ({"eval_size": 1.5}, "eval_size is 1.5; give a share below 1 or a whole number"),
     ],
 )
@@ -341,12 +433,19 @@ def test_a_preview_shows_every_token(example, tokenizer, config):
         assert shown.replace("[[", "").replace("]]", "") == text.replace("[[", "").replace("]]", "")
 
 
+def test_a_preview_shows_a_target_of_its_own_and_a_label():
+    translated = Tokenized(list(b"ein Haus"), [*b"a house", EOS], "f:1")
+    assert preview([translated], PLAIN) == "--- f:1, 16 tokens, 8 learned\nein Haus[[a house</s>]]"
+    labelled = Tokenized(list(b"so good"), [], "f:2", label=1)
+    assert preview([labelled], PLAIN) == "--- f:2, 7 tokens, 1 learned\nso good[[1]]"
+
+
 # What is shipped
 
 
 def test_the_demo_data_reads_as_conversations_that_end_with_an_answer():
-    examples, layout = read_examples(DEMO)
-    assert layout == "prompt-completion"
+    examples = open_examples(DEMO)
+    assert examples.format == "prompt-completion"
     assert len(examples) == 320
     assert all(e.last_only and e.messages[0]["role"] == "user" for e in examples)
     records = [json.loads(line) for line in DEMO.read_text().splitlines()]

@@ -22,7 +22,7 @@ def test_a_new_run_has_its_files_and_says_running(tmp_path):
     run = Run.create(tmp_path / "runs" / "one", CONFIG, argv=["train", "--x"], data={"a.jsonl": "00ff"})
     run.write_data({"examples": 3}, "preview")
     names = {str(path.relative_to(run.directory)) for path in run.directory.rglob("*") if path.is_file()}
-    wanted = "config.toml env.json log.txt metrics.jsonl timing.jsonl STATUS data/manifest.json data/preview.txt"
+    wanted = ".lock config.toml env.json log.txt metrics.jsonl timing.jsonl STATUS data/manifest.json data/preview.txt"
     assert names == set(wanted.split())
     assert (run.directory / "STATUS").read_text() == "running\n"
     assert read_config(LoopConfig, run.directory / "config.toml") == CONFIG
@@ -66,6 +66,7 @@ def test_each_line_is_one_write(tmp_path, monkeypatch):
 
         def write(self, data):
             written.append(data)
+            return len(data)
 
     monkeypatch.setattr(train.files, "open", lambda *_, **__: Recorder(), raising=False)
     append_line(tmp_path / "x", "a line")
@@ -111,9 +112,9 @@ def test_a_directory_with_something_in_it_is_refused(tmp_path):
 
 
 def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
-    run = Run.create(tmp_path, CONFIG)
-    run.metrics(1, "train", loss=0.5)
-    run.write_json("eval/perplexity.json", {})
+    with Run.create(tmp_path, CONFIG) as run:
+        run.metrics(1, "train", loss=0.5)
+        run.write_json("eval/perplexity.json", {})
     (tmp_path / "notes.txt").write_text("mine")
     Run.create(tmp_path, LoopConfig(epochs=1.0), overwrite=True)
     assert read_metrics(tmp_path) == []

@@ -340,7 +340,7 @@ def test_two_workers_share_the_cells_and_run_none_twice(sweep_file, tmp_path):
 
 def test_a_killed_workers_cell_is_taken_up_again_and_ends_as_if_nothing_had_been(sweep_file, tmp_path, capsys):
     path = sweep_file('[grid]\n"lora.rank" = [2]\n', more="seeds = 1\n")
-    path.write_text(path.read_text().replace("max_steps = 2", "max_steps = 12"))
+    path.write_text(path.read_text().replace("max_steps = 2", "max_steps = 12\nsave_steps = 2"))
     run = tmp_path / "out" / "rank=2,seed=42"
     process = start(path)
     wait_for_step(run / "metrics.jsonl", 3)
@@ -352,6 +352,7 @@ def test_a_killed_workers_cell_is_taken_up_again_and_ends_as_if_nothing_had_been
 
     report, _ = told(capsys, path)
     assert report["done"] == 1
+    assert "going on after step" in (run / "log.txt").read_text()
     whole = ["train", "--config", str(tmp_path / "out/cells/rank=2,seed=42.toml"), "--out", str(tmp_path / "whole")]
     assert qlora.main([*whole, "--quiet"]) == 0
     assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()

@@ -16,8 +16,8 @@ import train.tensorboard
 from models.errors import ConfigError
 from tests import tiny
 from train.config import parse
-from train.finetune import prepare
 from train.plot import plot_runs
+from train.preparation import prepare
 from train.progress import Progress
 from train.recipe import RunConfig
 from train.run import Run, read_metrics
@@ -75,6 +75,16 @@ def test_a_run_with_samples_makes_the_same_steps_as_one_without(model, data, tmp
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
     assert not (tmp_path / "without" / "eval").exists()
+
+
+def test_a_run_that_goes_on_has_the_samples_of_one_that_never_stopped(model, data, tmp_path, capsys):
+    more = ["--samples", "1", "--sample-tokens", "4", "--optimizer.warmup-steps", "0"]
+    trained(model, data, tmp_path / "whole", *more)
+    trained(model, data, tmp_path / "parted", *more, "--max-steps", "2")
+    assert qlora.main(["resume", str(tmp_path / "parted"), "--max-steps", "4", "--quiet", "--json"]) == 0
+    capsys.readouterr()
+    for name in ("eval/samples.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "parted" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_text_is_asked_as_a_message_where_chats_are_learned(model, data, tmp_path):
@@ -181,12 +191,19 @@ def test_tensorboard_gets_what_the_journals_get(writer, model, data, tmp_path):
 
 def test_a_run_that_goes_on_takes_back_what_was_written_beyond_its_checkpoint(writer, tmp_path):
     run = Run.create(tmp_path / "run", RunConfig(model="m", data=train.data.DataConfig(path="d"), max_steps=9))
-    run.step = 5
-    with train.tensorboard.tensorboard(run):
+    with train.tensorboard.tensorboard(run, 5):
         run.metrics(6, "train", loss=1.0)
     run.metrics(7, "train", loss=1.0)
     (written,) = writer.made
     assert (written.purge_step, written.scalars) == (6, [("train/loss", 1.0, 6)])
+
+
+def test_a_resumed_run_tells_tensorboard_where_it_goes_on(writer, model, data, tmp_path, capsys):
+    trained(model, data, tmp_path / "run", "--tensorboard", "--max-steps", "2", "--optimizer.warmup-steps", "0")
+    assert qlora.main(["resume", str(tmp_path / "run"), "--max-steps", "4", "--quiet", "--json"]) == 0
+    capsys.readouterr()
+    assert [each.purge_step for each in writer.made] == [None, 3]
+    assert {step for tag, _, step in writer.made[1].scalars if tag == "train/loss"} == {3, 4}
 
 
 def test_a_missing_tensorboard_is_said_before_anything_has_begun(model, data, tmp_path, monkeypatch, capsys):

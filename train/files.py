@@ -1,7 +1,9 @@
-"""Small files that are there whole or not at all, and lines that are appended whole."""
+"""Small files that are there whole or not at all, lines that are appended whole, and what is safe from a power cut."""
 
 import os
 from pathlib import Path
+
+TEMPORARY = ".*.tmp"  # what a writer that was killed in the middle leaves
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -20,17 +22,36 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line in one unbuffered write: a kill leaves all of it or none."""
+    """Append a line in one unbuffered write: a kill leaves all of it or none.
+
+    A disk that is nearly full takes a part and says so only when the rest comes.
+    """
+    rest = f"{line}\n".encode()
     with open(path, "ab", buffering=0) as file:
-        file.write(f"{line}\n".encode())
+        while rest:
+            rest = rest[file.write(rest) :]
 
 
-def sync_directory(directory: Path) -> None:
-    """Make a rename in this directory survive a power cut, where the system can open directories at all."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
+def cut_back(path: Path, size: int) -> int:
+    """Shorten a file to so many bytes, and give how many lines went."""
+    with open(path, "r+b") as file:
+        file.seek(size)
+        gone = file.read().count(b"\n")
+        file.truncate(size)
+        os.fsync(file.fileno())
+    return gone
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to a file survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename in this directory survive a power cut, where the system can open directories at all."""
+    if os.name == "posix":
+        sync_file(directory)

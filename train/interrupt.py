@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask the loop to stop after the step it is in; the second one stops at once."""
+"""Ctrl-C and SIGTERM ask the loop to save and stop after the step it is in; the second one stops at once."""
 
 import signal
 import threading
@@ -8,7 +8,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While entered, remembers the first signal in `signal` instead of letting it end the process."""
+    """While entered, remembers the first signal in `signal` instead of letting it end the process.
+
+    The second one does what it would have done without us; where that would kill the process on the spot, it ends with
+    128 + signal, so that STATUS can be written. From then on signals mean what they meant before.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -20,9 +24,16 @@ class Interrupt:
         return self
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal; from now on signals mean what they meant before."""
-        self.signal = number
+        """Remember the first signal, and act on the second."""
+        if self.signal is None:
+            self.signal = number
+            return
+        previous = self.previous.get(number)
         self.restore()
+        if callable(previous):
+            previous(number, frame)
+        elif previous is not signal.SIG_IGN:
+            raise SystemExit(128 + number)
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

@@ -1,6 +1,8 @@
-"""The training loop: how many steps, at which rate, on which micro-batches, and what is written down of each.
+"""The training loop: how many steps, at which rate, on which micro-batches, what is written down, and when it is saved.
 
-What the loop itself has to remember from one step to the next is one small object, `LoopState`.
+Within a step the order is: the step, its metrics, an evaluation if one is due, a checkpoint if one is due. So a
+checkpoint comes with everything that was written about its step, and a run that goes on from it writes what a run that
+was never stopped would have written.
 """
 
 import math
@@ -9,20 +11,28 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
-from models.errors import ConfigError, DataError, NonFiniteError
+from models.errors import ConfigError, DataError, NonFiniteError, WriteError
+from models.trained import restore_trained, save_trained
+from train import nonfinite
 from train.data.batches import Batch
 from train.interrupt import Interrupt
 from train.memory import peak_memory_bytes
 from train.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
+from train.paged.fused import FusedOptimizer
 from train.plot import plot_runs
 from train.progress import Progress
-from train.run import Run
+from train.run import Run, read_metrics
 from train.schedule import learning_rate
-from train.step import update
+from train.seed import seed_step
+from train.snapshot import Snapshot, full, save_snapshot, unwritable
+from train.spikes import Spikes
+from train.state import LoopState
+from train.step import BrokenStep, dry_step, update
 
 
 @runtime_checkable
@@ -43,7 +53,9 @@ class LoopConfig:
     """How long to train, in which steps, and when to look at held-out examples."""
 
     batch_size: int = 1
-    """Examples in a micro-batch, which is what must fit into memory at once."""
+    """Examples in a micro-batch, which is what must fit into memory at once; packed rows, with data.pack."""
+    batch_tokens: int | None = None
+    """Tokens in a micro-batch at most, padding included; if set, batch_size is ignored."""
     accumulation: int = 16
     """Micro-batches in a step of the optimizer."""
     max_steps: int | None = None
@@ -52,13 +64,20 @@ class LoopConfig:
     """How often to go through the data; give this or max_steps."""
     eval_steps: int | None = None
     """Held-out loss every so many steps; before the first and after the last step in any case."""
+    save_steps: int | None = 250
+    """A checkpoint every so many steps; after the last step, on Ctrl-C and on `touch RUN/save` in any case."""
+    keep_checkpoints: int = 3
+    """How many of them stay."""
+    dry_step: bool = True
+    """Try the longest batch before the first step, so that memory runs out at once if it does at all."""
     log_every: int = 10
     """Steps between the lines of log.txt."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How the adapters are moved."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "max_steps", "eval_steps", "log_every"):
+        counts = ("batch_size", "batch_tokens", "accumulation", "max_steps", "log_every")
+        for name in (*counts, "eval_steps", "save_steps", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -67,20 +86,6 @@ class LoopConfig:
         if (self.max_steps is None) == (self.epochs is None):
             came = "neither" if self.epochs is None else f"{self.max_steps} and {self.epochs}"
             raise ValueError(f"exactly one of max_steps and epochs says how long to train; got {came}")
-
-
-@dataclass
-class LoopState:
-    """How far a run is: all that the loop itself remembers from one step to the next."""
-
-    step: int = 0
-    """Steps made."""
-    epoch: int = 0
-    """The epoch of the next micro-batch."""
-    batch: int = 0
-    """The next micro-batch's position in that epoch."""
-    tokens: int = 0
-    """Tokens read, padding not counted."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,9 @@ class TrainResult:
     loss: float | None
     """Training loss of the last step; None if there was none."""
     evaluations: tuple[dict[str, int | float], ...] = ()
-    """What eval_fn gave after each step that it was called with; first and last are before and after training."""
+    """What eval_fn gave after each step that it was called with, also before the run was stopped and went on."""
     seconds: float = 0.0
+    """Of this process."""
     peak_memory: int = 0
     """In bytes; of tensors on a CUDA device, of the whole process on a CPU."""
     state_bytes: int = 0
@@ -101,7 +107,7 @@ class TrainResult:
     managed_bytes: int = 0
     """Those of them in managed memory, which `peak_memory` doesn't count."""
     signal: int | None = None
-    """The signal that interrupted; the process should exit with 128 + signal."""
+    """The signal that interrupted, if the run is not done; the process should exit with 128 + signal."""
 
 
 def train(
@@ -110,83 +116,164 @@ def train(
     config: LoopConfig,
     run: Run,
     *,
+    seed: int,
     eval_fn: Callable[[int], dict[str, int | float]] | None = None,
     sample_fn: Callable[[int], list[str]] | None = None,
-    state: LoopState | None = None,
+    begin: Snapshot | None = None,
+    save: Callable[[Any, Path], None] = save_trained,
+    restore: Callable[[Any, Path], None] = restore_trained,
     quiet: bool = False,
 ) -> TrainResult:
-    """Train every parameter that requires a gradient, and say how it went.
+    """Train every parameter that requires a gradient, from the beginning or from a snapshot, and say how it went.
 
     At each evaluation `eval_fn` gives what is measured, and `sample_fn` lines to be shown.
 
     Before, the caller seeds (`seed_everything`), attaches adapters and moves the model; afterwards it saves
     the adapter and sets the run's STATUS to done. An interrupted run returns after the step it was in, with
-    its STATUS set.
+    a checkpoint made and its STATUS set. `save` and `restore` are what a checkpoint does with the weights.
     """
     started = time.perf_counter()
-    state = state or LoopState()
-    evaluations: list[dict[str, int | float]] = []
-    step = None
     with run, ExitStack() as stack:
         parameters = trainable(model)
         device = next(iter(parameters.values())).device
         total = total_steps(config, batches)
         optimizer = stack.enter_context(make_optimizer(parameters, config.optimizer))  # its memory goes with the block
-        clip = config.optimizer.max_grad_norm
+        state, notes = LoopState(), list[str]()
+        if begin is not None:
+            notes = going_on(begin, total, config.optimizer)
+            state = begin.restore(model, parameters, optimizer, restore)
+            notes += run.go_on(config, begin.journals)
+            run.step = state.step
+        spikes = Spikes(read_metrics(run.directory))
         progress = Progress(total, done=state.step, every=config.log_every, quiet=quiet, write=run.log)
+        asked = run.directory / "save"
 
         def evaluate() -> None:
             if eval_fn:
+                seed_step(seed, state.step)
                 values = eval_fn(state.step)
                 model.train()
                 if not math.isfinite(values["loss"]):
                     raise NonFiniteError(f"the held-out loss after step {state.step} is {values['loss']}")
-                evaluations.append({"step": state.step, **values})
                 run.metrics(state.step, "eval", **values)
                 progress.say(f"step {state.step}/{total}  held-out loss {values['loss']:.4f}")
             for line in sample_fn(state.step) if sample_fn else ():
                 progress.say(line)
+            state.evaluated = state.step
+
+        def checkpoint() -> None:
+            keep = config.keep_checkpoints
+            place = save_snapshot(run, model, parameters, optimizer, state, total=total, keep=keep, save=save)
+            run.log(f"step {state.step}/{total}  saved {place.relative_to(run.directory)}")
+            asked.unlink(missing_ok=True)
+
+        def step(micro_batches: list[Batch]) -> None:
+            began = time.perf_counter()
+            number = state.step + 1
+            rate = learning_rate(number, total, config.optimizer)
+            set_learning_rate(optimizer, rate)
+            seed_step(seed, number)
+            try:
+                made = update(model, parameters, optimizer, micro_batches, number, config.optimizer.max_grad_norm)
+            except BrokenStep as broken:
+                directory = run.directory / "nonfinite" / f"step-{number:06d}"
+                raise nonfinite.report(directory, model, parameters, micro_batches, broken, seed) from broken
+            state.step = number
+            state.tokens += made.tokens
+            run.metrics(number, "train", lr=rate, **made._asdict())
+            seconds = time.perf_counter() - began
+            speed, memory = made.tokens / seconds, peak_memory_bytes(device)
+            run.timing(number, seconds=seconds, tokens_per_second=speed, peak_memory=memory)
+            progress.step(number, made.loss, rate, speed, memory)
+            for remark in spikes.step(number, made.loss, made.labels, made.tokens, micro_batches):
+                run.log(remark)
+
+        def draw() -> None:
+            plot_runs([run.directory], run.directory / "plots" / "loss.png")
 
         try:
             with progress, Interrupt() as interrupt:
                 model.train()
-                if state.step == 0:
-                    evaluate()
-                for micro_batches in accumulated(batches, config.accumulation, state, total):
-                    began = time.perf_counter()
-                    rate = learning_rate(state.step + 1, total, config.optimizer)
-                    set_learning_rate(optimizer, rate)
-                    step = update(model, parameters, optimizer, micro_batches, state.step + 1, clip)
-                    state.step += 1
-                    state.tokens += step.tokens
-                    run.metrics(state.step, "train", lr=rate, **step._asdict())
-                    seconds = time.perf_counter() - began
-                    speed, memory = step.tokens / seconds, peak_memory_bytes(device)
-                    run.timing(state.step, seconds=seconds, tokens_per_second=speed, peak_memory=memory)
-                    progress.step(state.step, step.loss, rate, speed, memory)
-                    if config.eval_steps and state.step % config.eval_steps == 0 and state.step < total:
+                for note in notes:
+                    progress.say(note)
+                if config.dry_step and state.step < total:
+                    try_longest(model, parameters, optimizer, batches, state)
+                groups = accumulated(batches, config.accumulation, state, total)
+                while True:
+                    if interrupt.signal is None and evaluation_due(state, config, total):
                         evaluate()
-                    if interrupt.signal is not None:
+                    if interrupt.signal is not None or asked.exists() or checkpoint_due(state, config, total):
+                        checkpoint()
+                    if interrupt.signal is not None or state.step >= total:
                         break
-                if state.step == total:
-                    evaluate()
-        finally:
-            plot_runs([run.directory], run.directory / "plots" / "loss.png")
-        done = state.step == total
+                    step(next(groups))
+            done = state.step >= total and state.evaluated == state.step
+            if not done:
+                run.status(f"interrupted@{state.step}")
+            draw()
+        except Exception as error:
+            if full(error):
+                raise unwritable(run, f"after step {state.step} {run.directory} takes no more: {error}") from error
+            if not isinstance(error, WriteError):
+                draw()
+            raise
         state_bytes, managed_bytes = optimizer.state_bytes, optimizer.managed_bytes
-        if not done:
-            run.status(f"interrupted@{state.step}")
+    lines = read_metrics(run.directory)
+    losses = [line["loss"] for line in lines if line["split"] == "train"]
     return TrainResult(
         state=state,
         status="done" if done else "interrupted",
-        loss=step.loss if step else None,
-        evaluations=tuple(evaluations),
+        loss=losses[-1] if losses else None,
+        evaluations=tuple(without_split(line) for line in lines if line["split"] == "eval"),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory_bytes(device),
         state_bytes=state_bytes,
         managed_bytes=managed_bytes,
-        signal=interrupt.signal,
+        signal=None if done else interrupt.signal,
     )
+
+
+def going_on(begin: Snapshot, total: int, config: OptimizerConfig) -> list[str]:
+    """Say from where a run goes on, and whether it now has another schedule."""
+    made = begin.state.step
+    if made > total:
+        raise ConfigError(f"the run has made {made} steps already, which is more than the {total} that are asked for")
+    said = [f"going on after step {made}/{total}, from {begin.directory}"]
+    before, now = ([learning_rate(i + 1, n, config) for i in range(made)] for n in (begin.total, total))
+    if before != now:
+        said.append(
+            f"the run is {total} steps long now and was {begin.total}, and its learning rate depends on that: the "
+            f"{made} steps before had the rates of the one, those to come have the rates of the other"
+        )
+    return said
+
+
+def evaluation_due(state: LoopState, config: LoopConfig, total: int) -> bool:
+    """Whether held-out examples are to be looked at after this step, and have not been."""
+    regular = config.eval_steps is not None and state.step % config.eval_steps == 0
+    return state.evaluated < state.step and (regular or state.step == 0 or state.step >= total)
+
+
+def checkpoint_due(state: LoopState, config: LoopConfig, total: int) -> bool:
+    regular = config.save_steps is not None and state.step > 0 and state.step % config.save_steps == 0
+    return regular or state.step >= total
+
+
+def try_longest(
+    model: Any,
+    parameters: dict[str, nn.Parameter],
+    optimizer: FusedOptimizer,
+    batches: BatchSource,
+    state: LoopState,
+) -> None:
+    """Make a dry step on the longest batch, of a source that knows which one it is."""
+    longest = getattr(batches, "longest", None)
+    if longest is not None:
+        dry_step(model, parameters, optimizer, longest(state.epoch))
+
+
+def without_split(line: dict[str, Any]) -> dict[str, int | float]:
+    return {name: value for name, value in line.items() if name != "split"}
 
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:

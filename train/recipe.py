@@ -25,19 +25,20 @@ class RunConfig(LoopConfig):
     name: str | None = None
     """The run's name; time and model by default."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """What the model computes in; auto is bfloat16 where the device multiplies it, else float32."""
+    """What the model computes in; auto is bfloat16 where the device multiplies it, else float32. Where every weight is
+    trained, it is so in float32 all the same."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1; auto is cuda if there is one."""
     quantize: bool = True
     """Store the base's linear layers in few bits; without it this is plain LoRA."""
     adapters: bool = True
-    """Train adapters beside the frozen base; without, every weight of the base is trained itself."""
+    """Train adapters on a frozen base; without it every weight is trained, which needs quantize = false."""
     task: Literal["auto", "causal", "seq2seq", "classification", "regression"] = "auto"
-    """What is learned; auto is what the model and the data are made for."""
+    """What is learned; auto follows from the model and, for a RoBERTa, from the labels of the data."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them."""
     seed: int = 42
-    """Decides the adapters' start and dropout; data.seed decides the order of the data."""
+    """Decides the start of adapters and of a new head, and dropout; data.seed decides the order of the data."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """How the base is stored."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -67,6 +68,11 @@ class RunConfig(LoopConfig):
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if "" in self.sample_prompts:
             raise ValueError("sample_prompts holds an empty text; there is nothing to answer")
+        if self.quantize and not self.adapters:
+            raise ValueError(
+                "adapters is false, so every weight would be trained, and weights in few bits cannot be; "
+                "set quantize = false as well (--no-quantize)"
+            )
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ValueError(f"name must be a plain name without slashes, not {self.name!r}; out takes a path")
         super().__post_init__()

@@ -1,11 +1,13 @@
 """What a run leaves: one directory, from which the run can be read, plotted, compared and repeated.
 
     config.toml  env.json  log.txt  metrics.jsonl  timing.jsonl  STATUS
-    data/manifest.json  data/preview.txt  adapter/  plots/loss.png
+    data/manifest.json  data/preview.txt  checkpoints/  adapter/  eval/  plots/loss.png  nonfinite/
 
 metrics.jsonl holds only what the run determines, so two runs of one config on one machine have equal files;
 what the clock decides goes to timing.jsonl. STATUS is one line: `running`, `done`, `failed: reason` or
-`interrupted@step`.
+`interrupted@step`. What is appended step by step are the journals; a run that goes on from a checkpoint cuts them
+back to what they were then. config.toml is there from the first moment to the last, so that a run killed anywhere
+can be started again.
 """
 
 import json
@@ -15,8 +17,10 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -24,27 +28,33 @@ from typing import Any
 
 import torch
 
-from models.errors import ConfigError
-from train.files import append_line, write_whole
+from models.errors import CheckpointError, ConfigError
+from train.files import TEMPORARY, append_line, cut_back, sync_file, write_whole
+from train.lock import LOCK, lock, unlock
 from train.toml import to_toml
 
-FILES = ("config.toml", "env.json", "log.txt", "metrics.jsonl", "timing.jsonl", "STATUS")
-FOLDERS = ("data", "checkpoints", "adapter", "eval", "plots", "tensorboard")
+JOURNALS = ("metrics.jsonl", "timing.jsonl", "eval/samples.jsonl")
+FILES = ("env.json", "log.txt", *JOURNALS, "STATUS", "save")
+FOLDERS = ("data", "checkpoints", "adapter", "model", "eval", "plots", "nonfinite", "tensorboard")
 PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "sentencepiece", "tiktoken", "gguf", "tyro")
 
 
 class Run:
     """The directory of one run.
 
-    As a context (`with run:`, which may be nested) it turns what ends the block early into STATUS and
-    log.txt: an error into `failed: reason`, Ctrl-C into `interrupted@step`. Whoever saves the result says
-    `done`.
+    As a context (`with run:`, which may be nested) it keeps other processes out of the directory, and turns what ends
+    the block early into STATUS and log.txt: an error into `failed: reason`, Ctrl-C into `interrupted@step`. Whoever
+    saves the result says `done`.
     """
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
+        self.checkpoints = self.directory / "checkpoints"
         self.step = 0
         """The last step in metrics.jsonl."""
+        self.held: int | None = None
+        """The lock on the directory, while this process has it."""
+        self.depth = 0
         self.listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
         """Called with a journal's name and each record that is appended to it."""
 
@@ -58,21 +68,56 @@ class Run:
         device: torch.device | str = "cpu",
         argv: Sequence[str] | None = None,
         data: Mapping[str, str] | None = None,
+        base: Mapping[str, str] | None = None,
     ) -> "Run":
-        """Make the directory with config.toml, env.json and STATUS; `data` maps each data file to its hash.
+        """Make the directory with config.toml, env.json and STATUS; `data` and `base` map files to their hashes.
 
         A directory with something in it is refused. With `overwrite` the files of an earlier run are removed
         first, and only those: a directory that holds no run is refused still.
         """
         run = cls(directory)
-        clear(run.directory, overwrite)
+        check_free(run.directory, overwrite)
         run.directory.mkdir(parents=True, exist_ok=True)
-        run.status("running")
-        write_whole(run.directory / "config.toml", to_toml(config))
-        run.write_json("env.json", environment(device, sys.argv if argv is None else argv, data or {}))
-        for name in ("log.txt", "metrics.jsonl", "timing.jsonl"):
-            (run.directory / name).touch()
+        run.hold()
+        run.begin(config, device=device, argv=argv, data=data, base=base)
         return run
+
+    @classmethod
+    def reopen(cls, directory: Path | str) -> "Run":
+        """Take a directory that holds a run, to go on with it."""
+        run = cls(directory)
+        if not (run.directory / "config.toml").is_file():
+            raise ConfigError(f"{directory} holds no run: it has no config.toml; name a directory that train has made")
+        run.hold()
+        return run
+
+    def begin(
+        self,
+        config: Any,
+        *,
+        device: torch.device | str = "cpu",
+        argv: Sequence[str] | None = None,
+        data: Mapping[str, str] | None = None,
+        base: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write what a run has before its first step, in place of whatever a run has left in the directory."""
+        clear(self.directory)
+        self.settings(config)
+        self.status("running")
+        env = environment(device, sys.argv if argv is None else argv)
+        self.write_json("env.json", env | {"data": dict(data or {}), "base": dict(base or {})})
+        for name in ("log.txt", "metrics.jsonl", "timing.jsonl"):
+            (self.directory / name).touch()
+
+    def go_on(self, config: Any, journals: Mapping[str, int]) -> list[str]:
+        """Take the run back to a checkpoint at which its journals had these sizes; say what that cut from them."""
+        self.settings(config)
+        self.status("running")
+        return [f"cut {count} lines of {name}" for name, count in self.cut_journals(journals).items()]
+
+    def settings(self, config: Any) -> None:
+        """Replace config.toml."""
+        write_whole(self.directory / "config.toml", to_toml(config))
 
     def status(self, text: str) -> None:
         """Replace STATUS; only the first line of a reason stays."""
@@ -83,7 +128,8 @@ class Run:
         append_line(self.directory / "log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
     def append(self, journal: str, **record: Any) -> None:
-        """Append a line to one of the run's journals."""
+        """Append a line to one of the journals; they are cut back to a checkpoint by the run that goes on from it."""
+        assert journal in JOURNALS, f"{journal} is not one of {', '.join(JOURNALS)}"
         path = self.directory / journal
         path.parent.mkdir(exist_ok=True)
         append_line(path, json_line(record))
@@ -109,19 +155,97 @@ class Run:
         self.write_json("data/manifest.json", manifest)
         write_whole(self.directory / "data" / "preview.txt", preview.rstrip("\n") + "\n")
 
+    # Going on from a checkpoint
+
+    def sync_journals(self) -> dict[str, int]:
+        """Make the journals survive a power cut, and give their sizes in bytes."""
+        paths = {name: self.directory / name for name in JOURNALS}
+        sizes = {name: path.stat().st_size for name, path in paths.items() if path.exists()}
+        for name in sizes:
+            sync_file(paths[name])
+        return sizes
+
+    def cut_journals(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Cut the journals back to these sizes, to nothing where none is given; give how many lines each lost."""
+        lost = {}
+        for name in JOURNALS:
+            path, size = self.directory / name, sizes.get(name, 0)
+            there = path.stat().st_size if path.exists() else 0
+            if there < size:
+                raise CheckpointError(
+                    f"{path} has {there} bytes and had {size} when the checkpoint was made, so lines are missing; "
+                    "put the file back as it was"
+                )
+            if there > size:
+                lost[name] = cut_back(path, size)
+        return lost
+
+    def origin(self) -> dict[str, Any]:
+        """Where the run comes from: its settings, and the hashes of its data and of its base."""
+        settings = tomllib.loads((self.directory / "config.toml").read_text("utf-8"))
+        env = self.read_env()
+        return {"config": settings, "data": env.get("data", {}), "base": env.get("base", {})}
+
+    def read_env(self) -> dict[str, Any]:
+        """What env.json says; nothing if the run was killed before it was written."""
+        path = self.directory / "env.json"
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged: {error}") from None
+
+    # One writer at a time
+
+    def hold(self) -> None:
+        """Keep other processes out, until the outermost `with` is left."""
+        if self.held is None:
+            self.held = lock(self.directory)
+
+    @contextmanager
+    def untouched(self) -> Iterator["Run"]:
+        """As `with run:`, but how the block ends leaves no trace in the directory."""
+        self.hold()
+        self.depth += 1
+        try:
+            yield self
+        finally:
+            self.leave()
+
+    def leave(self) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            unlock(self.held)
+            self.held = None
+
     def __enter__(self) -> "Run":
+        self.hold()
+        self.depth += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            return
-        if isinstance(error, KeyboardInterrupt):
+        if error is not None:
+            self.tell_of(error)
+        self.leave()
+
+    def tell_of(self, error: BaseException) -> None:
+        """Say in STATUS and in log.txt how the run ended; on a full disk that may not work, and the error counts."""
+        try:
+            self.write_end(error)
+        except OSError as unwritten:
+            error.add_note(f"STATUS and log.txt do not say so: {unwritten}")
+
+    def write_end(self, error: BaseException) -> None:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
             self.status(f"interrupted@{self.step}")
+        elif isinstance(error, torch.OutOfMemoryError):
+            self.status("failed: out of memory")
         else:
             self.status(f"failed: {str(error).strip() or type(error).__name__}")
-        self.log("".join(traceback.format_exception(kind, error, trace)).rstrip())
+        self.log("".join(traceback.format_exception(error)).rstrip())
 
 
 def read_metrics(directory: Path | str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -135,10 +259,10 @@ def read_metrics(directory: Path | str, name: str = "metrics.jsonl") -> list[dic
         raise ConfigError(f"{path} is damaged: {error}") from None
 
 
-def clear(directory: Path, overwrite: bool) -> None:
+def check_free(directory: Path, overwrite: bool) -> None:
     """Make sure that the directory is new, empty, or that of a run that may be overwritten."""
     if directory.is_dir():
-        present = sorted(path.name for path in directory.iterdir())
+        present = sorted(path.name for path in directory.iterdir() if not leftover(path))
     elif directory.exists():
         raise ConfigError(f"the run directory {directory} exists and is a file; give another --out")
     else:
@@ -156,10 +280,22 @@ def clear(directory: Path, overwrite: bool) -> None:
             f"{directory} holds {shown} but no run (STATUS and config.toml), so it is not overwritten; "
             f"give another --out"
         )
-    for name in FOLDERS:
-        shutil.rmtree(directory / name, ignore_errors=True)
+
+
+def clear(directory: Path) -> None:
+    """Remove an earlier run's files, but for its config.toml, which is replaced: a kill leaves a run that can start."""
+    for folder in (directory / name for name in FOLDERS):
+        if folder.exists():
+            shutil.rmtree(folder)
     for name in FILES:
         (directory / name).unlink(missing_ok=True)
+    for path in directory.glob(TEMPORARY):
+        path.unlink()
+
+
+def leftover(path: Path) -> bool:
+    """Whether a file is what a killed writer leaves, or the lock."""
+    return path.name == LOCK or path.match(TEMPORARY)
 
 
 def json_line(record: dict[str, Any]) -> str:
@@ -169,7 +305,7 @@ def json_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def environment(device: torch.device | str, argv: Sequence[str], data: Mapping[str, str]) -> dict[str, Any]:
+def environment(device: torch.device | str, argv: Sequence[str]) -> dict[str, Any]:
     """Describe what the run ran on: enough to repeat it, nothing that names a person or a host."""
     device = torch.device(device)
     return {
@@ -181,7 +317,6 @@ def environment(device: torch.device | str, argv: Sequence[str], data: Mapping[s
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
-        "data": dict(data),
     }
 
 

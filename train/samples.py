@@ -14,10 +14,10 @@ from models.t5 import T5
 from models.tokenizer import Tokenizer
 from models.writing import answer
 from train.data import DataConfig
-from train.data.batches import IGNORED, Tokenized
-from train.data.dataset import tokenize
+from train.data.causal import tokenize
+from train.data.example import Example
 from train.data.examples import open_examples
-from train.data.formats import Example
+from train.data.tokenized import IGNORED, Tokenized
 from train.recipe import RunConfig
 from train.run import Run
 

@@ -15,15 +15,18 @@ FOLDER = "tensorboard"
 
 
 @contextmanager
-def tensorboard(run: Run) -> Iterator[None]:
+def tensorboard(run: Run, step: int = 0, *, on: bool = True) -> Iterator[None]:
     """Write the run's numbers as scalars as long as the block lasts.
 
     A run that goes on from a step makes TensorBoard forget what an earlier process has written beyond it.
     """
+    if not on:
+        yield
+        return
     check_installed()
     from torch.utils.tensorboard import SummaryWriter
 
-    purge = run.step + 1 if run.step else None
+    purge = step + 1 if step else None
     with SummaryWriter(str(run.directory / FOLDER), purge_step=purge) as writer:
 
         def listen(journal: str, record: Mapping[str, Any]) -> None:

@@ -1,20 +1,23 @@
-"""Tokenized examples put together: padded batches, in an order that a seed and an epoch's number decide.
+"""Batches of tokenized examples, in an order that a seed and an epoch's number decide.
 
-The order never asks the global random generator, so that a run resumed at any batch, or one that evaluates
-more often, sees the same batches. Padding is known by its place, never by its id: many tokenizers pad with
-the end-of-text id itself, and a model that never learns that id never stops.
+A run that is resumed at any batch, or evaluates more often, sees the same batches: those before are not made,
+and no random generator is asked.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-import torch
+import numpy as np
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, device
 
-IGNORED = -100  # a label that the loss leaves out
-POOL = 50  # batches that are sorted by length together
+from models.errors import ConfigError
+from train.data.order import Order, Rules, batch_sizes, order
+from train.data.packing import pack
+from train.data.tokenized import IGNORED, Tokenized, collate, padding_id
+
+__all__ = ["IGNORED", "Batch", "Batches", "Tokenized", "collate", "padding_id"]
 
 
 @dataclass(frozen=True)
@@ -32,33 +35,23 @@ class Batch:
         mask = self.inputs.get("attention_mask")
         return self.inputs["input_ids"].numel() if mask is None else int((mask != 0).sum())
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: device | str) -> "Batch":
         """The same on another device."""
         return Batch({name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}, self.where)
 
 
-@dataclass(frozen=True)
-class Tokenized:
-    """One example as the model sees it."""
-
-    input_ids: list[int]
-    labels: list[int]
-    """At each place its own id, to be learned, or IGNORED; the model shifts them."""
-    where: str
-    """File and line that it came from."""
-    opening: str = ""
-    """What it begins with; examples that begin alike are held out together."""
-    cut_prompt: bool = False
-    cut_response: bool = False
-    """Whether the response lost its end, and with it the end-of-text id."""
+@runtime_checkable
+class Measured(Protocol):
+    """Examples whose sizes are known before they are tokenized."""
 
     @property
-    def label_count(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
+    def sizes(self) -> Int[np.ndarray, "examples 2"]:
+        """Tokens of each example's input, and of a target of its own, else 0."""
+        ...
 
 
 class Batches:
-    """Padded batches of a fixed number of examples; the last one of an epoch may be smaller."""
+    """Padded batches of a fixed number of rows, or of a number of tokens; the last one may be smaller."""
 
     def __init__(
         self,
@@ -67,48 +60,79 @@ class Batches:
         pad_id: int,
         seed: int | None = None,
         group_by_length: bool = False,
+        *,
+        batch_tokens: int | None = None,
+        row_tokens: int | None = None,
     ) -> None:
-        """Without a seed the order is the file's (or by length), every epoch."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        self.examples, self.batch_size, self.pad_id = examples, batch_size, pad_id
-        self.seed, self.group_by_length = seed, group_by_length
+        """Without a seed the order is the file's (or by length), every epoch.
+
+        With `batch_tokens` a batch has as many rows as fit into so many tokens, padding included, and
+        `batch_size` says nothing. With `row_tokens` a row holds as many examples as fit into so many tokens.
+        """
+        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens), ("row_tokens", row_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.examples, self.pad_id = examples, pad_id
+        self.sizes = examples.sizes if isinstance(examples, Measured) else measured(examples)
+        self.rules = Rules(
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            row_tokens=row_tokens,
+            group_by_length=group_by_length,
+            seed=seed,
+        )
+        self.known: tuple[int, Order] | None = None
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what no batch or no row could hold."""
+        limits = {"row_tokens": self.rules.row_tokens, "batch_tokens": self.rules.batch_tokens}
+        for name, limit in limits.items():
+            if limit is not None and len(self.sizes) and (longest := self.sizes.sum(axis=1).max()) > limit:
+                where = self.examples[int(self.sizes.sum(axis=1).argmax())].where
+                raise ConfigError(
+                    f"data: {where} has {longest} tokens, more than {name}={limit}; raise {name} or lower data.max_len"
+                )
+        if self.rules.row_tokens is not None and self.sizes[:, 1].any():
+            raise ConfigError("data: examples with a target of their own cannot be packed; set data.pack=false")
 
     def count(self, number: int) -> int:
         """How many batches an epoch has."""
-        return -(-len(self.examples) // self.batch_size)
+        if self.rules.batch_tokens is None and self.rules.row_tokens is None:
+            return -(-len(self.examples) // self.rules.batch_size)
+        return len(self.order(number))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, counted from 0; from the batch `start` on without making those before."""
-        for rows in self.order(number)[start:]:
-            examples = [self.examples[i] for i in rows]
-            yield Batch(collate(examples, self.pad_id), tuple(example.where for example in examples))
+        order = self.order(number)
+        for place in range(start, len(order)):
+            yield self.batch(order[place])
 
-    def order(self, number: int) -> list[list[int]]:
+    def longest(self, number: int = 0) -> Batch:
+        """That batch of an epoch which needs most memory: it has most tokens, padding included.
+
+        It is one of the epoch's own. Another epoch's can be larger, by little, where the longest example here is
+        in the last and smaller batch, or where the number of rows varies.
+        """
+        order = self.order(number)
+        widths, tokens = batch_sizes(self.sizes, order).T
+        return self.batch(order[int(np.lexsort((widths, tokens))[-1])])
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        """Some rows of examples, by number."""
+        examples = [[self.examples[i] for i in row] for row in rows]
+        where = tuple(e.where for row in examples for e in row)
+        if self.rules.row_tokens is not None:
+            return Batch(pack(examples, self.pad_id), where)
+        return Batch(collate([e for row in examples for e in row], self.pad_id), where)
+
+    def order(self, number: int) -> Order:
         """Which examples each batch of an epoch holds: every example once."""
-        order = list(range(len(self.examples)))
-        draw = None if self.seed is None else random.Random(f"{self.seed}/{number}")
-        if draw is not None:
-            draw.shuffle(order)
-        if self.group_by_length:
-            # Sorted in pools of some batches, so that an example's company still changes every epoch.
-            pool = max(1, len(order)) if draw is None else POOL * self.batch_size
-            pools = [order[i : i + pool] for i in range(0, len(order), pool)]
-            order = [i for p in pools for i in sorted(p, key=lambda i: -len(self.examples[i].input_ids))]
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        if self.group_by_length and draw is not None:
-            draw.shuffle(batches)
-        return batches
+        if self.known is None or self.known[0] != number:
+            self.known = number, order(self.sizes, self.rules, number)
+        return self.known[1]
 
 
-def collate(examples: Sequence[Tokenized], pad_id: int) -> dict[str, Int[Tensor, "B T"]]:
-    """Examples of different length as one batch, padded on the right; its keys are what model.loss takes."""
-    B, T = len(examples), max(len(e.input_ids) for e in examples)
-    ids, labels = torch.full((B, T), pad_id), torch.full((B, T), IGNORED)
-    mask = torch.zeros((B, T), dtype=torch.long)
-    for row, example in enumerate(examples):
-        n = len(example.input_ids)
-        ids[row, :n] = torch.tensor(example.input_ids)
-        labels[row, :n] = torch.tensor(example.labels)
-        mask[row, :n] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def measured(examples: Sequence[Tokenized]) -> Int[np.ndarray, "examples 2"]:
+    """Sizes of examples that are at hand."""
+    return np.array([(len(e.input_ids), e.target_length) for e in examples], dtype=np.int64).reshape(-1, 2)

@@ -7,7 +7,6 @@ in its run directory; only a failure is noted beside, since a run may fail befor
 
 import gc
 import json
-import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +16,14 @@ from typing import Any, Literal
 
 import torch
 
-from models.errors import ConfigError, Refusal
+from models.errors import Refusal
 from train.config import read_config
 from train.files import write_whole
-from train.finetune import prepare
-from train.loop import TrainResult
 from train.memory import reset_peak_memory
+from train.preparation import prepare
 from train.recipe import RunConfig
+from train.resume import ResumeOptions
+from train.resume import command as resume
 from train.sweep.grid import Cell, Sweep
 from train.toml import to_toml
 
@@ -61,30 +61,31 @@ def run_cell(sweep: Sweep, cell: Cell, *, quiet: bool = False, retry: bool = Fal
         reset_peak_memory()
         config = replace(cell.config, quiet=quiet)
         try:
-            if found == "interrupted":
-                result = continue_run(config)
-            else:
-                result = start_run(config)
+            return continue_run(config) if found == "interrupted" else start_run(config)
         except Exception as error:  # the other cells go on; the list at the end has this one
             failure = Failure(first_line(error), exit_code(error))
             write_whole(note, json.dumps(asdict(failure) | {"traceback": traceback.format_exc()}) + "\n")
             return Outcome("failed")
         finally:
             gc.collect()  # a model is a cycle of modules and hooks; the next one needs its memory
+
+
+def start_run(config: RunConfig) -> Outcome:
+    """Run a cell from its first step, as `qlora train` does; one that failed is replaced."""
+    result = prepare(replace(config, overwrite=(config.directory() / "config.toml").exists())).train()
     return Outcome(result.status, result.signal)
 
 
-def start_run(config: RunConfig) -> TrainResult:
-    """Run a cell from its first step, as `qlora train` does."""
-    directory = config.directory()
-    if directory.is_dir() and not (directory / "config.toml").exists():
-        clear_beginning(directory)
-    return prepare(replace(config, overwrite=(directory / "config.toml").exists())).train()
+def continue_run(config: RunConfig) -> Outcome:
+    """Go on with a run that was interrupted or killed, as `qlora resume` does."""
+    from rich.console import Console
 
-
-def continue_run(config: RunConfig) -> TrainResult:
-    """Go on with a run that was interrupted or killed; from its first step, which gives the same metrics."""
-    return start_run(config)
+    options = ResumeOptions(run=str(config.directory()), quiet=config.quiet)
+    try:
+        resume(options, Console(stderr=True, quiet=config.quiet))
+    except SystemExit as stop:  # how a command says that a signal came
+        return Outcome("interrupted", int(stop.code or 0) - 128)
+    return Outcome("done")
 
 
 def state(sweep: Sweep, cell: Cell) -> State:
@@ -116,8 +117,8 @@ def failure(sweep: Sweep, cell: Cell) -> Failure:
 
 def changed(sweep: Sweep, cell: Cell) -> str:
     """Say in what a cell's directory was begun with other settings than the file now gives; nothing if in none."""
-    path = sweep.out / cell.name / "config.toml"
-    if not path.exists():
+    path = beside(sweep, cell, ".toml")  # what was asked for; the run's own file also says what followed from it
+    if not (path.exists() and (sweep.out / cell.name / "config.toml").exists()):
         return ""
     then, now = settings(read_config(RunConfig, path)), settings(cell.config)
     other = [f"{key} was {then.get(key)} and is {value}" for key, value in now.items() if then.get(key) != value]
@@ -157,14 +158,6 @@ def taken(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-def clear_beginning(directory: Path) -> None:
-    """Remove what a worker left that was killed before its run had a config.toml; anything else is refused."""
-    strange = sorted(p.name for p in directory.iterdir() if not (p.name.startswith(".") or p.name == "STATUS"))
-    if strange:
-        raise ConfigError(f"{directory} holds {', '.join(strange[:4])} but no run; move it, or give another out")
-    shutil.rmtree(directory)
 
 
 def first_line(error: BaseException) -> str:

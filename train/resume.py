@@ -1,0 +1,164 @@
+"""`qlora resume RUN`: go on with a run that was killed, interrupted or full of errors, as if it had never stopped.
+
+Everything comes from the run's directory: its settings, its newest whole checkpoint, and the hashes of what it was
+begun from, which must still be the same. Only the length of the run and the device may be given anew. A run that was
+killed before its first checkpoint begins again.
+"""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from models.device import pick_device
+from models.errors import ConfigError
+from models.fingerprint import fingerprint
+from train.config import read_config
+from train.files import TEMPORARY
+from train.finetune import introduce, outcome
+from train.preparation import Finetuning, prepare
+from train.recipe import RunConfig
+from train.run import Run, environment
+from train.snapshot import Snapshot, newest_snapshot
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Settings that may differ from those of a checkpoint: where things are (their hashes are compared), how long the run
+# is, and what changes no number.
+FREE = {
+    *("model", "out", "name", "device", "data.path", "max_steps", "epochs", "log_every", "save_steps"),
+    *("keep_checkpoints", "dry_step", "tensorboard", "samples", "sample_prompts", "sample_tokens"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeOptions:
+    """Go on with a run from its newest checkpoint."""
+
+    run: Positional[str]
+    """The run's directory."""
+    max_steps: int | None = None
+    """Make so many steps in all, where the run was to make fewer or more."""
+    epochs: float | None = None
+    """Go through the data so often in all."""
+    device: str | None = None
+    """Where to train from now on: cpu, cuda, cuda:1; by default as before."""
+    quiet: bool = False
+    """Show no progress."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+
+def command(options: ResumeOptions, console: "Console") -> dict[str, Any]:
+    run = Run.reopen(options.run)
+    with run.untouched():
+        config = settings(run, options)
+        remove_leftovers(run)
+        begin = newest_snapshot(run, lambda text: tell(run, console, text))
+        if begin is not None:
+            if is_done(run, begin, options):
+                console.print(f"{run.directory} is done after {begin.state.step} steps; --max-steps N makes more")
+                return {"run": str(run.directory), "status": "done", "steps": begin.state.step}
+            check_unchanged(run, config, begin)
+            finetuning = prepare(config, run)
+            check_data(finetuning, begin)
+            introduce(finetuning, config, console)
+            return outcome(finetuning, finetuning.train(begin=begin), console)
+        run.status("running")  # with which a directory holds a run that may be begun again
+    tell(run, console, f"{run.directory} has no checkpoint yet, so it begins again")
+    finetuning = prepare(replace(config, out=str(run.directory), overwrite=True))
+    introduce(finetuning, config, console)
+    return outcome(finetuning, finetuning.train(), console)
+
+
+def settings(run: Run, options: ResumeOptions) -> RunConfig:
+    """The run's settings, with what was given anew."""
+    config = read_config(RunConfig, run.directory / "config.toml")
+    given: dict[str, Any] = {"quiet": options.quiet}
+    if options.device is not None:
+        given["device"] = options.device
+    if options.max_steps is not None or options.epochs is not None:
+        given |= {"max_steps": options.max_steps, "epochs": options.epochs}
+    try:
+        return replace(config, **given)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def remove_leftovers(run: Run) -> None:
+    """Remove what writers of small files that were killed have left."""
+    for folder in (run.directory, run.directory / "data", run.directory / "eval"):
+        for path in folder.glob(TEMPORARY):
+            path.unlink()
+
+
+def is_done(run: Run, begin: Snapshot, options: ResumeOptions) -> bool:
+    """Whether the run has ended, its result is there, and no more is asked for."""
+    status = run.directory / "STATUS"
+    ended = status.exists() and status.read_text("utf-8").strip() == "done" and begin.state.step >= begin.total
+    result = any((run.directory / name).is_dir() for name in ("adapter", "model"))
+    return ended and result and options.epochs is None and options.max_steps in (None, begin.state.step)
+
+
+def check_unchanged(run: Run, config: RunConfig, begin: Snapshot) -> None:
+    """Refuse settings and a base that are not those of the checkpoint, and note what else is new."""
+    if config.max_steps is not None and config.max_steps < begin.state.step:
+        raise ConfigError(
+            f"{run.directory} has made {begin.state.step} steps, which is more than the {config.max_steps} asked for"
+        )
+    changed = differences(leaves(begin.origin["config"]), leaves(run.origin()["config"]), FREE)
+    refuse(f"{run.directory / 'config.toml'} is not that of {begin.directory.name}", changed, "put it back as it was")
+    if begin.origin["base"]:
+        changed = differences(begin.origin["base"], fingerprint(config.model))
+        refuse(f"the base {config.model} is not the one that the run began with", changed, "put it back, or train anew")
+    then, now = leaves(run.read_env()), leaves(environment(pick_device(config.device), []))
+    for text in differences({key: value for key, value in then.items() if key in now}, now, {"argv"}):
+        run.log(f"not as when the run began: {text}; figures may differ in their last digits")
+
+
+def check_data(finetuning: Finetuning, begin: Snapshot) -> None:
+    """Refuse data that is not what the checkpoint has learned from; a file may have another name."""
+    manifest, before = finetuning.data.manifest, begin.origin["data"]
+    now = {manifest["file"]: manifest["sha256"]}
+    if before and sorted(before.values()) != sorted(now.values()):
+        path = finetuning.config.data.path
+        refuse(
+            f"the data {path} is not what the run began with", differences(before, now), "put it back, or train anew"
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], free: Set[str] = frozenset()) -> list[str]:
+    """What has another value than before, in words."""
+    return [
+        f"{key} was {short(before.get(key))} and is {short(now.get(key))}"
+        for key in dict.fromkeys([*before, *now])
+        if key not in free and before.get(key) != now.get(key)
+    ]
+
+
+def leaves(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def short(value: Any) -> str:
+    return "not there" if value is None else repr(value)[:60]
+
+
+def refuse(what: str, changed: list[str], remedy: str) -> None:
+    if changed:
+        more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise ConfigError(f"{what}: {'; '.join(changed[:4])}{more}. {remedy[0].upper()}{remedy[1:]}")
+
+
+def tell(run: Run, console: "Console", text: str) -> None:
+    """Say a line to the person and to log.txt."""
+    console.print(text, markup=False)
+    run.log(text)
