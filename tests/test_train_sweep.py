@@ -3,6 +3,7 @@
 import csv
 import doctest
 import json
+import math
 import os
 import re
 import shlex
@@ -159,9 +160,11 @@ def test_a_name_is_safe_and_short_and_no_shell_changes_it(rank, path):
     assert shlex.quote(name) in (name, f"'{name}'")
 
 
-@given(one=st.floats(allow_nan=False), other=st.floats(allow_nan=False))
-def test_different_numbers_have_different_names(one, other):
-    assert (cell_name({"x": one}) == cell_name({"x": other})) == (one == other)
+@given(value=st.floats(allow_nan=False, allow_infinity=False))
+def test_a_number_and_its_neighbour_have_different_names_and_equal_ones_the_same(value):
+    assert cell_name({"x": value}) != cell_name({"x": math.nextafter(value, math.inf)})
+    assert cell_name({"x": 0.0}) == cell_name({"x": -0.0})
+    assert float(train.sweep.names.number(value)) == value
 
 
 def test_the_examples_in_the_docstrings_hold():

@@ -56,7 +56,7 @@ def text_of(value: Any) -> str:
 
 def number(value: float) -> str:
     """Give the shorter of a number's plain and scientific forms, neither of which rounds it."""
-    exact = Decimal(repr(value))
+    exact = Decimal(repr(value + 0.0))  # -0.0 is 0
     if not exact.is_finite():
         return repr(value)
     sign, digits, exponent = exact.normalize().as_tuple()
