@@ -154,7 +154,7 @@ def test_generation_goes_on_from_a_prompt(run, capsys):
 
 def test_a_chat_remembers_what_was_said(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAnd again\n\n"))
-    found, _ = told(capsys, "chat", run, "--max-new-tokens", 4, "--sampling.temperature", 0, "--json")
+    found, _ = told(capsys, "chat", run, "--max-new-tokens", 4, "--seed", 1, "--json")
     assert [m["role"] for m in found["messages"]] == ["user", "assistant", "user", "assistant"]
     assert found["messages"][2]["content"] == "And again"
 

@@ -178,6 +178,18 @@ def test_a_nested_default_stays_where_a_file_is_silent(toml):
     assert parse(Settings, [*BASE, "--outer.inner.b", "9"]) == config
 
 
+def test_a_flag_may_ask_for_the_default_of_the_class_against_that_of_the_field():
+    assert parse(Settings, BASE).lora.rank == 8
+    assert parse(Settings, [*BASE, "--lora.rank", "64"]).lora.rank == 64
+    assert parse(Settings, [*BASE, "--outer.c=3", "--outer.inner.a", "1"]).outer == Outer(c=3, inner=Inner(a=1))
+
+
+def test_help_shows_the_default_of_the_field(capsys):
+    with pytest.raises(SystemExit):
+        parse(Settings, ["--help"])
+    assert "(default: 8)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_lists_become_tuples_and_whole_numbers_floats(toml):
     config = parse(Settings, ["--config", toml("betas = [0, 1]\nlora.alpha = 32\n"), *BASE])
     assert config.betas == (0.0, 1.0)

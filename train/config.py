@@ -105,10 +105,11 @@ def as_defaults(cls: type, values: Values, missing: Any) -> Any:
     """
     kind = unchecked(cls)
     start: Values = {}
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
-            original = get_type_hints(cls)[field.name]
-            start[field.name] = as_defaults(original, filled(field, values.get(field.name, {})), missing)
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            inner = filled(field, values.get(field.name, {}))  # of cls: the twin's fields have no defaults of their own
+            start[field.name] = as_defaults(hints[field.name], inner, missing)
         elif field.name in values and not isinstance(values[field.name], dict):
             start[field.name] = values[field.name]
         else:
