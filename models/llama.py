@@ -208,10 +208,6 @@ class Llama(Model):
     def embedding(self) -> nn.Embedding:
         return self.model.embed_tokens
 
-    @property
-    def max_tokens(self) -> int:
-        return self.config.max_position_embeddings
-
     def parameter_named(self, name: str) -> str | None:
         if name.endswith("rotary_emb.inv_freq"):  # a table that old files carry; it follows from the config
             return None

@@ -16,7 +16,8 @@ from train.data import DataConfig, load_data, padding_id, preview
 from train.data.batches import Measured
 from train.data.causal import tokenize
 from train.data.dataset import fingerprint
-from train.data.formats import FORMATS, Example, read_examples
+from train.data.examples import open_examples
+from train.data.formats import FORMATS, Example
 from train.data.split import split
 from train.data.survey import survey
 from train.data.tokenized import IGNORED, Tokenized, collate
@@ -443,8 +444,8 @@ def test_a_preview_shows_a_target_of_its_own_and_a_label():
 
 
 def test_the_demo_data_reads_as_conversations_that_end_with_an_answer():
-    examples, layout = read_examples(DEMO)
-    assert layout == "prompt-completion"
+    examples = open_examples(DEMO)
+    assert examples.format == "prompt-completion"
     assert len(examples) == 320
     assert all(e.last_only and e.messages[0]["role"] == "user" for e in examples)
     records = [json.loads(line) for line in DEMO.read_text().splitlines()]

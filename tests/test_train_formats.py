@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import ConfigError, DataError
-from train.data.formats import ALPACA, ALPACA_INPUT, FORMATS, read_examples, turns
+from train.data.chat_formats import turns
+from train.data.examples import open_examples
+from train.data.formats import FORMATS
+from train.data.instruction_formats import ALPACA, ALPACA_INPUT
 
 # No half surrogate pairs (UTF-8 has none), and no marks of Guanaco's form.
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="#"), max_size=20)
@@ -24,6 +27,11 @@ def file(tmp_path):
         return path
 
     return write
+
+
+def read_examples(path, format=None):
+    examples = open_examples(path, format)
+    return list(examples), examples.format
 
 
 def user(content):
@@ -94,7 +102,7 @@ def test_braces_in_alpaca_records_stay_as_they_are(file):
 @pytest.mark.parametrize("keys", FORMATS["prompt-completion"].keys)
 def test_pairs_go_by_four_pairs_of_names(file, keys):
     examples, layout = read_examples(file([dict(zip(keys, ("Name a colour.", "Blue."), strict=True))]))
-    assert layout == "prompt-completion"
+    assert layout == ("flan" if keys == ("inputs", "targets") else "prompt-completion")
     assert (examples[0].prompt, examples[0].response) == ("Name a colour.", " Blue.")
     assert examples[0].messages == (user("Name a colour."), assistant("Blue."))
 
@@ -212,7 +220,7 @@ def test_a_record_that_does_not_fit_is_named_with_its_line(file, record, message
     [
         (
             {"prompt": "a", "answer": "b"},
-            r"messages \(chat\) or .* or text \(guanaco\); found prompt, answer",
+            r"expected keys prompt\+completion \(prompt-completion\); found prompt, answer. Rename",
         ),
         ({"prompt": None, "completion": "b"}, "prompt is null; text is needed"),
         ({"prompt": "a", "completion": None}, "completion is null"),
@@ -279,7 +287,7 @@ def test_of_many_bad_records_the_first_few_and_their_number_are_given(file):
         (b"[" * 100_000, "my.json", "nested too deeply"),
         (b'{"prompt": ' + b"[" * 100_000, "my.jsonl", "nested too deeply"),
         (b'prompt,completion\na,"b', "my.csv", "my.csv:2: is not CSV"),
-        (b"prompt\tcompletion\na\n", "my.tsv", "my.tsv:2: has another number of fields than the header.* 2"),
+        (b"prompt\tcompletion\na\n", "my.tsv", "my.tsv:2: has another number of fields .* than the header .2"),
         (b"prompt,completion\na,b,c\n", "my.csv", "my.csv:2: has another number of fields"),
     ],
 )
@@ -288,10 +296,10 @@ def test_a_broken_file_gets_one_message(file, content, name, message):
         read_examples(file(content, name))
 
 
-def test_a_missing_file_or_a_directory_is_refused(tmp_path):
+def test_a_missing_file_or_an_empty_directory_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"none.jsonl cannot be read: No such file"):
         read_examples(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+    with pytest.raises(DataError, match=r"has no files that end in .json, .jsonl, .csv, .tsv; name a file"):
         read_examples(tmp_path)
 
 

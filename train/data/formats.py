@@ -1,243 +1,187 @@
-"""Instruction data as people have it: records in one of several layouts, read into one form.
+"""Layouts of records as people have them, and how one is told.
 
-Every record becomes a conversation; layouts that join a prompt and a response as plain text keep that form
-too. The layout is found from the keys of the first record, unless it is named, and the others must have it
-as well. What does not fit is refused with file and line, the first few together: a dataset that is silently
-half empty costs a run.
+The layout is found from the keys of the first record, and where several have the same keys from what stands
+under them, unless it is named; the others must have it as well. A new layout is a reader and a row of FORMATS.
 """
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 
-from models.errors import ConfigError, DataError
-from train.data.records import Record, kind, records
+from models.errors import ConfigError
+from train.data import chat_formats, class_formats, glue, instruction_formats, oasst, superni
+from train.data.example import Example, Kind, Message
+from train.data.records import Record, printable
 
-Message = dict[str, str]
+__all__ = ["FORMATS", "Example", "Format", "Message", "detect", "fits", "known", "misfit"]
 
-SHOWN = 5  # problems that a refusal lists; it gives the number of the others
-
-
-@dataclass(frozen=True)
-class Example:
-    """One thing to learn: a conversation, and its plain form where the layout has one."""
-
-    messages: tuple[Message, ...] = ()
-    """Turns in order, each with a role (system, user, assistant) and content."""
-    prompt: str | None = None
-    """The plain text before the response."""
-    response: str | None = None
-    """The plain text to learn."""
-    last_only: bool = False
-    """Of a conversation, learn only the last answer: the ones before are context."""
-    texts: tuple[str, ...] = ()
-    """One text or two, to be given a label."""
-    label: int | float | None = None
-    """The number of their class, or a number itself."""
-    where: str = ""
-    """File and line, for messages."""
-
-    @property
-    def opening(self) -> str:
-        """What the conversation begins with, up to its first answer."""
-        asked = [m["content"] for m in self.messages[: self.first_answer]] if self.messages else self.texts
-        return "\n".join(asked)
-
-    @property
-    def first_answer(self) -> int:
-        return [m["role"] for m in self.messages].index("assistant")
+Keys = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
 class Format:
     """A layout: the keys that tell it, and how a record that has them becomes an Example."""
 
-    keys: tuple[tuple[str, ...], ...]
+    keys: Keys
     """Sets of keys; a record has this layout if it has all of one of them."""
     read: Callable[[Record], Example]
     shape: str
     """What a record looks like, for people."""
+    named: Keys = ()
+    """Sets of keys that it also goes by where it is named, though another layout is found from them."""
+    suits: Callable[[Record, Path], bool] | None = None
+    """Whether what stands under the keys is of this layout, where that is not plain; it is told the file's path."""
+    split: Callable[[Record], list[Record]] | None = None
+    """A record that is several examples as one record for each."""
+    kind: Kind = "text"
+    label_names: tuple[str, ...] = ()
+    """The classes by number, where the layout has them fixed."""
+    classes: bool = False
+    """Whether the classes are those that the file has."""
+    threads: bool = False
+    """Whether a record is a message, and an example several records."""
 
 
-def read_examples(path: str | Path, format: str | None = None) -> tuple[list[Example], str]:
-    """All examples of a file (JSON, JSONL, CSV or TSV), and the name of their layout."""
-    path = Path(path)
-    if format is not None and format not in FORMATS:
+CHAT = (("messages",), ("conversations",))
+PAIRS = instruction_formats.PAIRS
+
+# The first row that fits decides, so the more telling keys come first.
+FORMATS = {
+    "chat": Format(CHAT, chat_formats.read_chat, '{"messages": [{"role", "content"}, ...]}'),
+    "oasst1": Format(
+        (("message_id", "parent_id", "role", "text"),),
+        lambda record: oasst.read_thread([record]),
+        '{"message_id", "parent_id", "role", "text", "rank"}',
+        threads=True,
+    ),
+    "oasst1-trees": Format(
+        (("prompt",),),
+        oasst.read_tree,
+        '{"prompt": {"role", "text", "replies": [...]}}',
+        suits=lambda record, path: oasst.is_tree(record),
+    ),
+    "superni": Format(
+        (("Definition", "Instances"),),
+        superni.read_task,
+        '{"Definition", "Positive Examples", "Instances": [{"input", "output"}]}',
+        split=superni.split_task,
+    ),
+    "unnatural": Format(
+        (("instruction", "instances"),),
+        instruction_formats.read_unnatural,
+        '{"instruction", "instances": [{"instruction_with_input", "constraints", "output"}]}',
+        suits=lambda record, path: instruction_formats.is_unnatural(record),
+        split=instruction_formats.split_unnatural,
+    ),
+    "self-instruct": Format(
+        (("instruction", "instances"),),
+        instruction_formats.read_self_instruct,
+        '{"instruction", "instances": [{"input", "output"}]} or {"prompt", "completion"}',
+        named=(("prompt", "completion"),),
+        split=instruction_formats.split_self_instruct,
+    ),
+    "alpaca": Format(
+        (("instruction", "output"),), instruction_formats.read_alpaca, '{"instruction", "input", "output"}'
+    ),
+    "dolly": Format(
+        (("instruction", "response"),), instruction_formats.read_dolly, '{"instruction", "context", "response"}'
+    ),
+    "hh-rlhf": Format((("chosen", "rejected"),), chat_formats.read_hh, '{"chosen", "rejected"}', named=(("chosen",),)),
+    **{
+        f"glue-{task.name}": Format(
+            (task.columns,),
+            task.read,
+            f"TSV: {', '.join(task.keys)}",
+            named=(task.keys,),
+            suits=task.suits,
+            kind="classification" if task.names else "regression",
+            label_names=task.names,
+        )
+        for task in glue.TASKS
+    },
+    "classification": Format(
+        class_formats.CLASS_KEYS,
+        class_formats.read_class,
+        '{"text", "label"} or {"sentence1", "sentence2", "label"}',
+        suits=lambda record, path: not chat_formats.is_marked(record.get("text")),
+        kind="classification",
+        classes=True,
+    ),
+    "regression": Format(
+        class_formats.SCORE_KEYS,
+        class_formats.read_score,
+        '{"text", "score"} or {"sentence1", "sentence2", "score"}',
+        suits=lambda record, path: not chat_formats.is_marked(record.get("text")),
+        kind="regression",
+    ),
+    "flan": Format((("inputs", "targets"),), instruction_formats.read_pair, '{"inputs", "targets"}', named=PAIRS),
+    "prompt-completion": Format(PAIRS, instruction_formats.read_pair, '{"prompt", "completion"}'),
+    "longform": Format((), instruction_formats.read_pair, '{"input", "output"}', named=(("input", "output"),)),
+    "chip2": Format(
+        (("text",),),
+        chat_formats.read_chip2,
+        '{"text": "<human>: ...\\n<bot>: ..."}',
+        suits=lambda record, path: chat_formats.is_chip2(record),
+    ),
+    "guanaco": Format((("text",),), chat_formats.read_guanaco, '{"text": "### Human: ...### Assistant: ..."}'),
+}
+
+
+def known(format: str) -> Format:
+    """A layout by its name."""
+    if format not in FORMATS:
         near = get_close_matches(format, FORMATS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"data: format {format!r} is not known; give one of {', '.join(FORMATS)}.{hint}")
-    examples, problems, total = [], [], 0
-    for where, record in records(path):
-        total += 1
-        try:
-            if isinstance(record, str):
-                raise ValueError(record)
-            if format is None:
-                format = detect(record)
-            elif not fits(record, FORMATS[format]):
-                raise ValueError(misfit(record, [format]))
-            examples.append(replace(FORMATS[format].read(record), where=where))
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
-    if len(problems) == 1:
-        raise DataError(f"data: {problems[0]}")
-    if problems:
-        first = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise DataError(f"data: {len(problems)} of {total} records in {path} cannot be used:{first}{more}")
-    if not examples or format is None:
-        raise DataError(f"data: {path} is empty; at least one record is needed")
-    return examples, format
+    return FORMATS[format]
 
 
-def detect(record: Record) -> str:
+def detect(record: Record, path: Path = Path()) -> str:
     """The layout whose keys a record has."""
     for name, layout in FORMATS.items():
-        if fits(record, layout):
+        if fits(record, layout.keys) and (layout.suits is None or layout.suits(record, path)):
             return name
-    raise ValueError(misfit(record, list(FORMATS)))
+    near = nearest(record)
+    if near:
+        raise ValueError(unexpected(record, near))
+    raise ValueError(f"has the keys of no format; found {found(record)}. Known are {', '.join(FORMATS)}")
 
 
-def fits(record: Record, layout: Format) -> bool:
-    return any(set(keys) <= record.keys() for keys in layout.keys)
+def fits(record: Record, keys: Keys) -> bool:
+    return any(set(names) <= record.keys() for names in keys)
 
 
-def misfit(record: Record, names: list[str]) -> str:
-    known = [f"{'+'.join(keys)} ({name})" for name in names for keys in FORMATS[name].keys]
-    found = [key if len(key) <= 40 else f"{key[:37]}..." for key in record]
-    listed = ", ".join(found[:10]) + (", ..." if len(found) > 10 else "")
-    return f"expected keys {' or '.join(known)}; found {listed or 'none'}. Rename the keys in the file"
+def misfit(record: Record, name: str) -> str:
+    """Why a record is not of a layout."""
+    return unexpected(record, [(name, keys) for keys in FORMATS[name].keys or FORMATS[name].named])
 
 
-def text_of(record: Record, key: str, *, optional: bool = False, blank: bool = False) -> str:
-    """A field's text; it may be absent or null only where it is optional, and blank only where that is allowed."""
-    value = record.get(key)
-    if value is None and optional:
-        return ""
-    if key not in record:
-        raise ValueError(f"{key} is missing")
-    if not isinstance(value, str):
-        raise ValueError(f"{key} is {kind(value)}; text is needed")
-    if not (value.strip() or blank or optional):
-        raise ValueError(f"{key} is empty; write one or remove the record")
-    return value
+def unexpected(record: Record, expected: list[tuple[str, tuple[str, ...]]]) -> str:
+    wanted = [f"{'+'.join(keys)} ({name})" for name, keys in expected]
+    return f"expected keys {' or '.join(wanted)}; found {found(record)}. Rename the keys in the file"
 
 
-ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
+def found(record: Record) -> str:
+    keys = [printable(key if len(key) <= 40 else f"{key[:37]}...") for key in map(str, record)]
+    return ", ".join(keys[:10]) + (", ..." if len(keys) > 10 else "") if keys else "none"
 
 
-def read_alpaca(record: Record) -> Example:
-    """Instruction, perhaps an input, output; the prompt is the one that Alpaca was trained with."""
-    instruction, given = text_of(record, "instruction"), text_of(record, "input", optional=True)
-    output = text_of(record, "output")
-    if given.strip():
-        prompt = ALPACA_INPUT.format(instruction=instruction, input=given)
-        asked = f"{instruction}\n\n{given}"
-    else:
-        prompt, asked = ALPACA.format(instruction=instruction), instruction
-    return exchange(asked, output, prompt, "\n" + output)
+NEAR = 0.45  # half of two keys and a little of the other
 
 
-PAIRS = (("prompt", "completion"), ("input", "output"), ("inputs", "targets"), ("source", "target"))
+def nearest(record: Record) -> list[tuple[str, tuple[str, ...]]]:
+    """The keys, or a few sets of them, that are most like those of a record, each with its layout."""
+    there = [key for key in map(str, record) if len(key) <= 40][:50]
+    layouts = [(name, keys) for name, layout in FORMATS.items() for keys in layout.keys]
+    scores = [sum(alike(key, there) for key in keys) / len(keys) for _, keys in layouts]
+    best = max(score for score in scores if score < 1)  # 1 is a set whose values are of another layout
+    return [it for it, score in zip(layouts, scores, strict=True) if score == best][:3] if best >= NEAR else []
 
 
-def read_pair(record: Record) -> Example:
-    """Prompt and response as they are, with a space between if neither brings one; the prompt may be empty.
-
-    A prompt in Guanaco's form, as in OASST1's question files, is also a conversation with its history.
-    """
-    prompt_key, response_key = next(keys for keys in PAIRS if set(keys) <= record.keys())
-    prompt, response = text_of(record, prompt_key, blank=True), text_of(record, response_key)
-    apart = not prompt or prompt[-1].isspace() or response[0].isspace()
-    joined = response if apart else f" {response}"
-    if "### Human:" in prompt and prompt.rstrip().endswith("### Assistant:"):
-        history = turns(prompt.rstrip().removesuffix("### Assistant:"))
-        messages = (*history, {"role": "assistant", "content": response.strip()})
-        return Example(messages, prompt, joined, last_only=True)
-    return exchange(prompt.strip(), response.strip(), prompt, joined)
-
-
-def read_guanaco(record: Record) -> Example:
-    """`### Human: ...### Assistant: ...`, for as many turns as there are; every answer is learned."""
-    return conversation("text", turns(text_of(record, "text")))
-
-
-GUANACO_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-def turns(text: str) -> list[Message]:
-    """The messages of a text in Guanaco's form; what stands before the first mark is the system's."""
-    start, *rest = re.split(r"### (Human|Assistant):", text)
-    if not rest:
-        raise ValueError("text has no '### Human:' and '### Assistant:', which the guanaco format needs")
-    messages = [{"role": "system", "content": start.strip()}] if start.strip() else []
-    for name, content in zip(rest[::2], rest[1::2], strict=True):
-        messages.append({"role": GUANACO_ROLES[name], "content": content.strip()})
-    return messages
-
-
-CHAT_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-
-
-def read_chat(record: Record) -> Example:
-    """Chat messages: {"role", "content"}, or ShareGPT's {"from", "value"}; every answer is learned."""
-    key = "messages" if "messages" in record else "conversations"
-    given = record[key]
-    if not isinstance(given, list):
-        raise ValueError(f"{key} is {kind(given)}; a list of turns is needed")
-    messages = []
-    for number, turn in enumerate(given, 1):
-        if not isinstance(turn, dict):
-            raise ValueError(f"{key}: turn {number} is {kind(turn)}, not an object")
-        role = turn.get("role", turn.get("from"))
-        if not isinstance(role, str) or role not in CHAT_ROLES:
-            raise ValueError(f"{key}: turn {number} is by {role!r}; known are {', '.join(CHAT_ROLES)}")
-        try:
-            key_of_text = "value" if "value" in turn and "content" not in turn else "content"
-            content = text_of(turn, key_of_text, blank=True)
-        except ValueError as error:
-            raise ValueError(f"{key}: turn {number}: {error}") from None
-        messages.append({"role": CHAT_ROLES[role], "content": content})
-    return conversation(key, messages)
-
-
-# A new layout is a reader and a row. The first row that fits decides, so the more telling keys come first.
-FORMATS = {
-    "chat": Format((("messages",), ("conversations",)), read_chat, '{"messages": [{"role", "content"}, ...]}'),
-    "alpaca": Format((("instruction", "output"),), read_alpaca, '{"instruction", "input", "output"}'),
-    "prompt-completion": Format(PAIRS, read_pair, '{"prompt", "completion"}'),
-    "guanaco": Format((("text",),), read_guanaco, '{"text": "### Human: ...### Assistant: ..."}'),
-}
-
-
-def exchange(asked: str, answered: str, prompt: str, response: str) -> Example:
-    messages = ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})
-    return Example(messages, prompt, response)
-
-
-def conversation(key: str, messages: list[Message]) -> Example:
-    """An example of which every answer is learned, and so none may be empty."""
-    answers = [(n, m) for n, m in enumerate(messages, 1) if m["role"] == "assistant"]
-    if not answers:
-        raise ValueError(f"{key} has no response by the assistant; there is nothing to learn from it")
-    for number, message in answers:
-        if not message["content"].strip():
-            raise ValueError(f"{key}: the response in turn {number} is empty; write one or remove the record")
-    return Example(tuple(messages))
+def alike(key: str, others: list[str]) -> float:
+    """1 for a key that is there, less for one that is misspelt or goes by another case."""
+    if key in others:
+        return 1
+    ratio = max((SequenceMatcher(None, key.lower(), other.lower()).ratio() for other in others), default=0)
+    return 0.9 * ratio if ratio > 0.75 else 0

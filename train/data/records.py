@@ -1,121 +1,130 @@
-"""Files of records: JSON lines, a JSON list, CSV or TSV, each record with the line it begins on.
+"""The records of a data file, found in one pass and read one by one when asked for.
 
-A byte-order mark and Windows line ends are no concern of a reader's and simply accepted. A record that
-cannot be read is given as the reason, so that several can be listed; a file that cannot be is refused.
+What is kept of a record is where it is: 20 bytes, however long it is. So a file can be larger than memory, and
+an order that jumps through it costs a seek a record. The pass decodes every record once, since only that tells
+which ones cannot be read; a record that cannot be is given as the reason, so that several can be listed, and a
+file that cannot be is refused.
 """
 
-import csv
-import io
 import json
+import os
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from models.errors import DataError
+from train.data.json_records import ITEMS, Found, json_lines, json_list, json_object
+from train.data.stream import Stream
+from train.data.tables import plain_fields, plain_rows, row_of, rows
 
 Record = dict[str, Any]
 
+HEAD = 2**16  # bytes that tell what a file is
 
-def records(path: Path) -> Iterator[tuple[str, Record | str]]:
-    """Every record with its file and line; in place of one that cannot be read, the reason."""
-    text = decoded(path)
-    if path.suffix.lower() in (".csv", ".tsv"):
-        rows = table(path, text)
-    elif text.lstrip().startswith("["):
-        rows = json_list(path, text)
-    else:
-        rows = json_lines(text)
-    for line, value in rows:
-        if isinstance(value, ValueError):
-            yield f"{path}:{line}", str(value)
+
+class RecordFile:
+    """One file; its records are known once it is scanned."""
+
+    def __init__(self, path: Path, columns: Sequence[str] = (), plain: bool = False) -> None:
+        """A table may be without quotes, and without a header where its columns are given."""
+        self.path, self.columns, self.plain = path, list(columns), plain
+        self.form = form(path, beginning(path))
+        self.head: Record = {}  # of an object, what all of its items share
+        self.sha256, self.size, self.state = "", 0, (0, 0)
+        self.starts, self.sizes, self.lines = array("Q"), array("I"), array("Q")
+
+    def scan(self) -> Iterator[Record | ValueError]:
+        """Every record in turn; in place of one that cannot be read, the reason."""
+        with opened(self.path) as file:
+            self.state = state(file)
+            stream = Stream(self.path, file)
+            for line, start, stop, value in self.found(stream):
+                self.starts.append(start)
+                self.sizes.append(stop - start)
+                self.lines.append(line)
+                if self.form != "object":
+                    yield self.record(value)
+            self.sha256, self.size = stream.hash.hexdigest(), stream.size
+        if self.form == "object":  # what its items share may stand behind them
+            yield from (self[number] for number in range(len(self)))
+
+    def found(self, stream: Stream) -> Iterator[Found]:
+        if self.form in ("CSV", "TSV"):
+            return plain_rows(stream, self.columns) if self.plain else rows(stream, self.form, self.columns)
+        if self.form == "list":
+            return json_list(stream)
+        return json_object(stream, self.head) if self.form == "object" else json_lines(stream)
+
+    def record(self, value: Any) -> Record | ValueError:
+        """A value as a record; an item of an object has what the object says of all of them."""
+        if self.head:
+            return {**self.head, ITEMS: [value]}
+        return value if isinstance(value, (dict, ValueError)) else ValueError(f"is {kind(value)}, not an object")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> Record:
+        """One record, read from the file."""
+        with opened(self.path) as file:
+            if state(file) != self.state:
+                raise DataError(f"data: {self.path} has changed since it was opened; start again")
+            file.seek(self.starts[number])
+            text = file.read(self.sizes[number]).decode()
+        if self.form not in ("CSV", "TSV"):
+            value = json.loads(text)
+        elif self.plain:
+            value = plain_fields(text, self.columns)
         else:
-            yield f"{path}:{line}", value if isinstance(value, dict) else f"is {kind(value)}, not an object"
+            value = row_of(text, self.form, self.columns)
+        record = self.record(value)
+        if isinstance(record, ValueError):
+            raise record
+        return record
+
+    def where(self, number: int) -> str:
+        """File and line of a record."""
+        return f"{self.path}:{self.lines[number]}"
 
 
-def decoded(path: Path) -> str:
-    """A file's text, a byte-order mark aside; bytes that are not UTF-8 are refused with their line."""
+def opened(path: Path) -> BufferedReader:
+    """A file to read from."""
     try:
-        raw = path.read_bytes()
+        return open(path, "rb")
     except OSError as error:
         raise DataError(f"data: {path} cannot be read: {error.strerror}") from error
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"data: {path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+
+
+def state(file: BufferedReader) -> tuple[int, int]:
+    """Size and time of change, by which a changed file is told."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
+
+
+def beginning(path: Path) -> str:
+    """A file's first characters, for telling what it is; what is not UTF-8 is refused when it is scanned."""
+    with opened(path) as file:
+        return file.read(HEAD).decode("utf-8-sig", "replace")
+
+
+def form(path: Path, text: str) -> str:
+    """What a file is: CSV or TSV by its name, else a JSON list, lines of JSON, or one JSON object."""
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return suffix[1:].upper()
+    if text.lstrip().startswith("["):
+        return "list"
+    first, _, second = text.lstrip().partition("\n")
+    if suffix == ".jsonl" or not first.startswith("{") or second.lstrip().startswith("{"):
+        return "lines"
     try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        byte = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
-        raise DataError(f"data: {path}:{line}: is not UTF-8 ({byte}); convert the file with iconv") from error
-    return text.replace("\r\n", "\n")
-
-
-def json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """One record a line; only newlines end one, though Unicode has other line separators. Blank ones pass."""
-    lines = text.split("\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                cut = number == len(lines) > 1
-                hint = "the file ends in the middle of this record" if cut else "one record a line is expected"
-                value = ValueError(f"is not JSON ({reason(error)}); {hint}")
-            yield number, value
-
-
-def json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """The records of one JSON list, decoded one by one so that each has its line."""
-    decoder, line, counted = json.JSONDecoder(), 1, 0
-    place = space(text, 0) + 1
-    closed = text[space(text, place) :][:1] == "]"
-    while not closed:
-        place = space(text, place)
-        line, counted = line + text.count("\n", counted, place), place
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError) as error:
-            at = getattr(error, "lineno", line)
-            end = "; the file may be cut off" if not text.rstrip().endswith("]") else ""
-            raise DataError(f"data: {path}:{at}: is not JSON ({reason(error)}){end}") from error
-        yield line, value
-        place = space(text, place)
-        if text[place : place + 1] not in (",", "]"):
-            at = line + text.count("\n", counted, place)
-            raise DataError(f"data: {path}:{at}: expected a comma or ] after a record; the file may be cut off")
-        closed, place = text[place] == "]", place + 1
-
-
-def table(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """The rows of a CSV or TSV file by its header's names; a row has the line that it begins on."""
-    csv.field_size_limit(2**31 - 1)  # its default would refuse a text of more than 128 KiB
-    dialect, name = ("excel-tab", "TSV") if path.suffix.lower() == ".tsv" else ("excel", "CSV")
-    rows = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect, strict=True)
-    line = 1
-    while True:
-        try:
-            width = len(rows.fieldnames or ())
-            line = rows.line_num + 1
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise DataError(f"data: {path}:{line}: is not {name} ({error})") from error
-        if None in row or None in row.values():
-            yield line, ValueError(f"has another number of fields than the header, which has {width}")
-        else:
-            yield line, row
-
-
-def reason(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(": line")[0]
-
-
-def space(text: str, place: int) -> int:
-    """Where the next thing begins that is not white."""
-    white = re.compile(r"[ \t\n\r]*").match(text, place)
-    assert white is not None
-    return white.end()
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return "object" if second.strip() else "lines"
+    return "lines"
 
 
 def kind(value: Any) -> str:
@@ -123,3 +132,11 @@ def kind(value: Any) -> str:
     if value is None:
         return "null"
     return {bool: "a truth value", str: "a text", list: "a list", dict: "an object"}.get(type(value), "a number")
+
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text whose control characters and text-direction marks are written out, so that no terminal obeys them."""
+    return UNPRINTABLE.sub(lambda mark: mark[0].encode("unicode_escape").decode(), text)
