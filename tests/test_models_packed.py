@@ -10,7 +10,7 @@ import models
 from models import LoraConfig, attach_lora
 from models.config import LlamaConfig
 from models.llama import Llama
-from models.packed import Pieces, pieces_of
+from models.packed import Pieces, pieces_of, positions_and_pieces
 from nf4 import QuantConfig
 from tests.test_models_roberta import small as roberta
 from tests.tiny import checkpoint
@@ -144,6 +144,16 @@ def test_a_row_costs_the_attention_of_its_texts(small, monkeypatch):
     packed = pack(ROWS, 0)
     small(packed["input_ids"], packed["attention_mask"])
     assert seen == [9, 4, 2, 6, 3, 11, 12] * 2
+
+
+def test_positions_count_within_each_text():
+    numbers = torch.tensor([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 2]])
+    positions, pieces = positions_and_pieces(numbers)
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 0]]
+    assert isinstance(pieces, Pieces)
+    positions, mask = positions_and_pieces(torch.tensor([[1, 2, 1, 0, 2, 1]]))
+    assert positions.tolist() == [[0, 0, 1, 0, 1, 2]]
+    assert not isinstance(mask, Pieces)
 
 
 def test_pieces_are_the_texts_and_the_padding_of_each_row():

@@ -58,6 +58,7 @@ def test_a_batch_too_small_for_an_example_names_it(folder, capsys):
     settings = ["--model", str(folder / "model"), "--data.path", str(folder / "my.jsonl"), "--max-steps", "1"]
     assert qlora.main(["train", *settings, "--batch-tokens", "20", "--out", str(folder / "small"), "--quiet"]) == 2
     said = capsys.readouterr().err
+    assert not (folder / "small").exists()
     assert f"{folder / 'my.jsonl'}:" in said
     assert "more than batch_tokens=20; raise batch_tokens or lower data.max_len" in said
 
