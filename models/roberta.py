@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.linear import Linear
 from models.model import Model, Stack
+from models.packed import refuse_packed
 from models.recompute import recomputed
 from models.roberta_config import RobertaConfig, roberta_config
 from models.roberta_heads import ClassificationHead, MaskedHead
@@ -194,7 +195,7 @@ class Roberta(Model):
         return self.classifier.loss(self.first(input_ids, attention_mask)[scored], labels[scored])
 
     def check(self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None) -> None:
-        """Refuse what a table has no row for, and a mask of another shape."""
+        """Refuse what a table has no row for, and a mask of another shape or meaning."""
         length, V = input_ids.shape[1], self.config.vocab_size
         longest = self.config.max_tokens
         if length > longest:
@@ -212,6 +213,7 @@ class Roberta(Model):
                 f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids {tuple(input_ids.shape)}; "
                 "they must agree"
             )
+        refuse_packed(attention_mask, "RoBERTa")
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -368,11 +368,12 @@ def test_the_sizes_known_beforehand_are_those_of_the_examples(tmp_path_factory, 
     records = [{"prompt": "x" * a, "completion": "y" * b} for a, b in sizes]
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     try:
-        data = load_data(configs(path=str(path), source_max_len=limit, eval_size=0), PLAIN)
+        data = load_data(configs(path=str(path), source_max_len=limit, eval_size=1), PLAIN)
     except DataError:
         return
-    assert isinstance(data.train, Measured)
-    assert data.train.sizes.tolist() == [[len(e.input_ids), 0] for e in data.train]
+    for part in (data.train, data.held_out, data.train[1:]):
+        assert isinstance(part, Measured)
+        assert part.sizes.tolist() == [[len(e.input_ids), 0] for e in part]
 
 
 def test_a_hash_is_of_all_files_in_order_and_names_the_path(tmp_path):

@@ -123,7 +123,7 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     data = load_data(config.data, tokenizer, planned.task)
     if planned.task in HEADS:
         data.manifest["labels"] = list(planned.labels)
-    check_length(data, base)
+    check_length(data, base, config.batch_tokens)
     opened = run or create(config, data, tokenizer, device)
     with opened:
         seed_everything(config.seed)
@@ -132,13 +132,15 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     return Finetuning(config, model, tokenizer, data, opened)
 
 
-def check_length(data: Dataset, base: Description) -> None:
-    """Refuse examples that the model has no positions for."""
+def check_length(data: Dataset, base: Description, batch_tokens: int | None) -> None:
+    """Refuse examples that the model has no positions for, or that fit into no batch."""
     longest, most = data.manifest["longest"], base.config.max_tokens
     if most is not None and longest > most:
         raise ConfigError(
             f"data: the longest example has {longest} tokens, but the model knows {most} positions; set data.max_len"
         )
+    for part in (data.train, data.held_out):
+        Batches(part, 1, 0, batch_tokens=batch_tokens)
 
 
 def create(config: RunConfig, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> Run:
