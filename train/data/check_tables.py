@@ -1,5 +1,6 @@
 """What `qlora data check` found, as a person reads it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -103,4 +104,6 @@ def dropped(found: dict[str, Any]) -> list[str]:
 
 
 def places(found: dict[str, Any]) -> str:
-    return ", ".join(found["first"]) + (", ..." if found["count"] > len(found["first"]) else "")
+    return ", ".join(Path(where).name for where in found["first"]) + (
+        ", ..." if found["count"] > len(found["first"]) else ""
+    )
