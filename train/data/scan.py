@@ -66,20 +66,11 @@ class Scan:
             if layout.classes:
                 self.classes.add(class_of(one))
 
-    def plant(self, sources: "Sources") -> None:
-        """Examples of the rows that belong together, once all are known."""
-        if self.format is not None and FORMATS[self.format].threads:
-            threads = self.forest.threads()
-            for root, thread in threads.items():
-                if not thread:
-                    self.skip("questions without an answer", sources.where(root))
-            self.places.take([thread for thread in threads.values() if thread])
-
     def skip(self, reason: str, where: str) -> None:
         self.skipped.setdefault(reason, Skipped(reason, 0, where)).count += 1
 
-    def finish(self, path: Path) -> None:
-        """Refuse what cannot be used, and what has nothing to use."""
+    def finish(self, path: Path, sources: "Sources") -> None:
+        """Refuse what cannot be used, and what has nothing to use; find the rows that belong together."""
         if self.unusable == 1:
             raise DataError(f"data: {self.problems[0]}")
         if self.unusable:
@@ -88,9 +79,19 @@ class Scan:
             raise DataError(f"data: {self.unusable} of {self.total} records in {path} cannot be used:{listed}")
         if self.format is None:
             raise DataError(f"data: {path} is empty; at least one record is needed")
+        if FORMATS[self.format].threads:
+            self.plant(sources)
         if not len(self.places):
             passed = f": passed over were {'; '.join(map(str, self.skipped.values()))}" if self.skipped else ""
             raise DataError(f"data: {path} is empty; at least one record is needed{passed}")
+
+    def plant(self, sources: "Sources") -> None:
+        """Examples of the rows that belong together."""
+        threads = self.forest.threads()
+        for root, thread in threads.items():
+            if not thread:
+                self.skip("questions without an answer", sources.where(root))
+        self.places.take([thread for thread in threads.values() if thread])
 
 
 @dataclass
