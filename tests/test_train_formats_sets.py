@@ -264,6 +264,7 @@ def test_keys_that_fit_nothing_are_told_with_what_is_nearest(record, near):
 
 
 def test_the_first_record_decides_and_the_others_must_fit(tmp_path):
+    refused(tmp_path, [{"title": "a"}, {"prompt": "a", "completion": "b"}], "my.jsonl:1: has the keys of no format")
     mixed = [{"prompt": "a", "completion": "b"}, {"instruction": "a", "output": "b"}]
     refused(
         tmp_path, mixed, r"my.jsonl:2: expected keys prompt\+completion \(prompt-completion\) or .*found instruction"

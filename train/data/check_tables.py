@@ -11,7 +11,7 @@ from train.data.records import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-BAR = 20  # characters of the longest bar
+BAR = 12  # characters of the longest bar
 PARTS = ("prompt", "response", "whole")
 
 

@@ -36,6 +36,8 @@ class Scan:
         for number, record in enumerate(file.scan()):
             try:
                 self.take(self.total, record, file, number)
+            except DataError:
+                raise
             except ValueError as error:
                 self.unusable += 1
                 if self.unusable <= SHOWN:
@@ -49,7 +51,7 @@ class Scan:
                 return
             raise record
         if self.format is None:
-            self.format = detect(record, file.path)
+            self.format = self.told(record, file, number)
         layout = FORMATS[self.format]
         if not fits(record, layout.keys + layout.named):
             raise ValueError(misfit(record, self.format))
@@ -65,6 +67,15 @@ class Scan:
             self.places.add(row, part)
             if layout.classes:
                 self.classes.add(class_of(one))
+
+    def told(self, record: Record, file: RecordFile, number: int) -> str:
+        """The layout, which the first record decides: where that has none, what follows is not looked at."""
+        try:
+            return detect(record, file.path)
+        except ValueError as error:
+            if self.unusable:
+                raise
+            raise DataError(f"data: {file.where(number)}: {error}") from error
 
     def skip(self, reason: str, where: str) -> None:
         self.skipped.setdefault(reason, Skipped(reason, 0, where)).count += 1
