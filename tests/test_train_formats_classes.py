@@ -97,6 +97,8 @@ def test_quotes_in_glue_are_characters_unless_a_writer_put_them_there(tmp_path):
     rows = '0\t"A" is first.\tHe said "so.\tentailment\n1\t"Say ""A"" now"\t"whole"\tentailment\n'
     found = examples(tmp_path, f"index\tsentence1\tsentence2\tlabel\n{rows}", "RTE/train.tsv")
     assert [e.texts for e in found] == [('"A" is first.', 'He said "so.'), ('Say "A" now', '"whole"')]
+    long = '"' + '""' * 40_000 + 'x"y"'
+    assert examples(tmp_path, f"sentence\tlabel\n{long}\t1\n", "SST-2/train.tsv")[0].texts == (long,)
 
 
 def test_rte_and_wnli_are_told_apart_by_labels_and_a_folders_name_comes_first(tmp_path):
