@@ -24,10 +24,15 @@ from models.tokenizer import find_tokenizer, save_tokenizer
 
 def export_adapter(target: Target, out: Path, options: LoadOptions, base_name: str | None = None) -> dict[str, Any]:
     """Write the directory `out`, aside first, and compare what it holds."""
+    if target.adapter is None and target.run is not None:
+        raise ConfigError(
+            f"export: {target.run} trained every weight, so it has no adapter; its model is {target.base}"
+        )
     if target.adapter is None:
         raise ConfigError("export: this checkpoint has no adapter; name a run, or give --load.adapter DIRECTORY")
     raw, base, where = open_checkpoint(target.base)
-    model = skeleton(raw, where, base, options.head, options.num_labels)
+    head, count = options.head or target.head, options.num_labels or len(target.labels) or None
+    model = skeleton(raw, where, base, head, count)
     reader, lora = read_peft(target.adapter, model)
     check(model, lora, reader, target.adapter)
     tensors = {PREFIX + name: reader.read(name).contiguous() for name in reader.shapes}

@@ -12,8 +12,9 @@ the dtype is the caller's: codes decode to it. What another writer put in 4 bits
 here, as an embedding, is decoded. config.json just has to name a method that is read here.
 """
 
+import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +23,16 @@ from torch import Tensor, nn
 
 import kernels
 import nf4
-from models.architectures import build
+from models.architectures import CONFIGS, architecture, build
 from models.errors import CheckpointError
 from models.fairseq_layout import open_fairseq
 from models.gguf_layout import open_gguf
 from models.linear import Linear, NF4Linear
 from models.meta_layout import open_meta
-from models.model import Model
+from models.model import Config, Model
 from models.quantized_files import refuse_other_methods
 from models.readers import Reader, RenamedReader, SafetensorsReader, TorchReader, first_line, open_files, read_json
+from models.roberta_layout import held_labels, in_classifier
 from nf4 import QuantConfig, QuantizedTensor
 
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -43,19 +45,50 @@ def load(
     device: str | torch.device = "cpu",
     head: str | None = None,
     num_labels: int | None = None,
+    new_head: bool = False,
 ) -> Model:
     """A model in evaluation mode from a directory or file in any known layout.
 
     With `quant`, block linears are stored in 4 bits; a checkpoint that is already quantized loads as it is.
     `head` is "lm", "mlm", "classification" or "regression", by default what the checkpoint holds; `num_labels` is
-    for classification heads.
+    for classification heads. `new_head` asks for one that starts from random weights, whatever the checkpoint holds.
     """
     raw, reader, where = open_checkpoint(path)
+    if new_head:
+        reader = RenamedReader(reader, lambda name: None if in_classifier(name) else name)
     model = skeleton(raw, where, reader, head, num_labels)
+    if model.fresh_head and not new_head:
+        logging.getLogger(__name__).warning(
+            "%s: no classification head; a new one of %d labels starts from random weights. "
+            "LoraConfig(modules_to_save=('classifier',)) trains it beside the adapters.",
+            where,
+            len(model.config.labels),
+        )
     for name, value, _ in stream(model, reader, quant, dtype, torch.device(device)):
         place(model, name, value)
     model.source = Path(path)
     return model.eval()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What can be known of a checkpoint without reading its weights."""
+
+    architecture: str
+    """llama, t5 or roberta."""
+    config: Config
+    quantized: bool
+    """Are some of its weights in 4 bits?"""
+    labels: int | None
+    """How many labels its classification head gives; None where it has no such head."""
+
+
+def describe(path: str | Path) -> Description:
+    """Say what kind of checkpoint it is; only its config and the headers of its files are read."""
+    raw, reader, where = open_checkpoint(path)
+    kind = architecture(raw, where)
+    labels = held_labels(reader.shapes) if kind == "roberta" else None
+    return Description(kind, CONFIGS[kind](raw, where), bool(stored_in_4_bits(reader)), labels)
 
 
 def skeleton(

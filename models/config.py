@@ -56,6 +56,11 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise CheckpointError(f"config: head_dim is {self.head_dim}; rotary positions need it even")
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest input."""
+        return self.max_position_embeddings
+
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that any reader of released LLaMA checkpoints understands."""
         values = {name: value for name, value in asdict(self).items() if value is not None}

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.beam import beam_search, check_beams
 from models.decoding import Decoding, begin, ends
 from models.model import Model
+from models.packed import is_packed
 from models.sampling import Sampling, choose, seen_tokens
 
 
@@ -133,6 +134,8 @@ def check_prompts(
             )
         if not bool(attention_mask.bool().any(dim=1).all()):
             raise ValueError("a row of attention_mask is all zero: its prompt is empty")
+        if is_packed(attention_mask):
+            raise ValueError("attention_mask numbers several texts in a row; generation takes one prompt a row")
 
 
 def stop_ids(model: Model, eos_token_id: int | Sequence[int] | None) -> Int[Tensor, " stops"]:

@@ -9,8 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from models.adapter import load_adapter
-from models.checkpoint import load, open_checkpoint, skeleton
+from models.checkpoint import open_checkpoint, skeleton
 from models.device import pick_device, pick_dtype
 from models.errors import ConfigError
 from models.gguf_check import check
@@ -18,7 +17,7 @@ from models.gguf_writer import FILE_TYPES, shapes, stored_as, write_gguf
 from models.llama import causal
 from models.lora import adapted_layers
 from models.nf4_export import stored_dtype
-from models.target import LoadOptions, Target
+from models.target import LoadOptions, Target, load_parts
 from models.tokenizer import load_tokenizer
 
 
@@ -34,9 +33,7 @@ def export_gguf(target: Target, out: Path, options: LoadOptions, kind: str = "f1
     device = pick_device(options.device)
     # Codes and norms as the run had them; from there on all is float32.
     dtype = pick_dtype(stored_dtype(options.dtype, target.dtype, {"torch_dtype": "float32"} | raw), device)
-    model = causal(load(target.base, target.quant, dtype, device), "a GGUF")
-    if target.adapter is not None:
-        load_adapter(model, target.adapter)
+    model = causal(load_parts(target, options, dtype, device), "a GGUF")
     model.float()
     count = sum(1 for _ in adapted_layers(model))
 

@@ -142,13 +142,13 @@ def adapter_summary(adapter: SavedAdapter) -> dict[str, Any]:
 
 
 def run_summary(path: Path) -> dict[str, Any]:
-    """Base, progress and adapter of a run."""
+    """Base, progress and result of a run."""
     config = read_run(path / "config.toml")
     status = path / "STATUS"
     lines = metrics(path / "metrics.jsonl")
     trained = [line for line in lines if line.get("split") == "train"]
     measured = [line for line in lines if line.get("split") == "eval"]
-    adapter = path / "adapter"
+    adapter, model = path / "adapter", path / "model"
     return {
         "kind": "run",
         "path": str(path),
@@ -159,7 +159,10 @@ def run_summary(path: Path) -> dict[str, Any]:
         "steps": trained[-1]["step"] if trained else 0,
         "loss": trained[-1].get("loss") if trained else None,
         "held_out_loss": measured[-1].get("loss") if measured else None,
+        "task": config.get("task"),
+        "adapters": config.get("adapters", True),
         "adapter": adapter_summary(read_adapter(adapter)) if is_adapter(adapter) else None,
+        "model": checkpoint_summary(model) if (model / "config.json").exists() else None,
     }
 
 

@@ -83,9 +83,11 @@ def run(found: dict[str, Any]) -> list["RenderableType"]:
     for name, key in (("last training loss", "loss"), ("last held-out loss", "held_out_loss")):
         if found[key] is not None:
             blocks.append(f"{name} {found[key]:.4f}")
-    if found["adapter"] is None:
-        return [*blocks, "no adapter yet"]
-    return [*blocks, *adapter(found["adapter"])]
+    if found["adapter"] is not None:
+        return [*blocks, *adapter(found["adapter"])]
+    if found["model"] is not None:
+        return [*blocks, "every weight was trained", *checkpoint(found["model"])]
+    return [*blocks, f"no {'adapter' if found['adapters'] else 'model'} yet"]
 
 
 def type_table(blocks: dict[str, dict[str, AdapterLayer]]) -> "Table":

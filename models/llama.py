@@ -19,6 +19,7 @@ from models.config import LlamaConfig, llama_config
 from models.errors import ConfigError
 from models.linear import Linear
 from models.model import Model, Stack
+from models.packed import Pieces, attend, is_packed, positions_and_pieces
 from models.recompute import last_product, recomputed
 from models.rope import rotary_table
 
@@ -52,10 +53,10 @@ class Attention(nn.Module):
         x: Float[Tensor, "B T D"],
         cos: Float[Tensor, "B 1 T half"],
         sin: Float[Tensor, "B 1 T half"],
-        mask: Bool[Tensor, "B 1 T S"] | None,
+        mask: Bool[Tensor, "B 1 T S"] | Pieces | None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """`mask` says what may be attended to; None stands for plain causal order."""
+        """`mask` says what may be attended to: within the pieces of packed rows, or in plain causal order (None)."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, C)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, C)
@@ -64,7 +65,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, K, S, C)
 
-        if mask is None and T > 1:
+        if isinstance(mask, Pieces):
+            y = attend(q, k, v, mask)
+        elif mask is None and T > 1:
             y = kernels.attention(q, k, v)
         else:  # without a mask, a single new token may see all that came before it
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -102,7 +105,7 @@ class Block(nn.Module):
         x: Float[Tensor, "B T D"],
         cos: Float[Tensor, "B 1 T half"],
         sin: Float[Tensor, "B 1 T half"],
-        mask: Bool[Tensor, "B 1 T S"] | None,
+        mask: Bool[Tensor, "B 1 T S"] | Pieces | None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
@@ -125,8 +128,8 @@ class Decoder(Stack):
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """`attention_mask` covers cached and new tokens alike, (B, S)."""
-        past = cache.length if cache is not None else 0
+        """`attention_mask` covers cached and new tokens alike, (B, S). It may number the texts of packed rows."""
+        past = cache.length if cache is not None else None
         positions, mask = positions_and_mask(input_ids, attention_mask, past)
         cos, sin = rotary_table(positions, self.config)
 
@@ -205,10 +208,6 @@ class Llama(Model):
     def embedding(self) -> nn.Embedding:
         return self.model.embed_tokens
 
-    @property
-    def max_tokens(self) -> int:
-        return self.config.max_position_embeddings
-
     def parameter_named(self, name: str) -> str | None:
         if name.endswith("rotary_emb.inv_freq"):  # a table that old files carry; it follows from the config
             return None
@@ -238,15 +237,17 @@ def causal(model: Model, task: str) -> Llama:
 
 
 def positions_and_mask(
-    input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None, past: int
-) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B 1 T S"] | None]:
+    input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None, cached: int | None
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B 1 T S"] | Pieces | None]:
     """Rotary positions of the new tokens, and what each may attend to (None: plain causal order).
 
-    Positions count the tokens that are there, so padding on the left shifts nothing. Causal order alone
-    already hides padding on the right from every real token; only other padding, or several new tokens
-    after cached ones, need an explicit mask. A padding token may see itself: a row of nothing is NaN.
+    `cached` tokens stand before the new ones; None says that there is no cache. Positions count the tokens that
+    are there, so padding on the left shifts nothing. Causal order alone already hides padding on the right from
+    every real token; only packed rows, other padding, or several new tokens after cached ones, need an explicit
+    mask. A padding token may see itself: a row of nothing is NaN.
     """
     B, T = input_ids.shape
+    past = cached or 0
     S = past + T
     if attention_mask is None:
         positions = torch.arange(past, S, device=input_ids.device).expand(B, T)
@@ -259,6 +260,11 @@ def positions_and_mask(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; "
                 f"{B} rows of {S} tokens (cached and new) need ({B}, {S})"
             )
+        # Not asked of each generated token, which would wait for the device; the prompt before it was.
+        if (past == 0 or T > 1) and is_packed(attention_mask):
+            if cached is not None:
+                raise ValueError("attention_mask numbers several texts in a row; a cache takes one text a row")
+            return positions_and_pieces(attention_mask)
         present = attention_mask.to(torch.bool)
         positions = (present.long().cumsum(dim=1) - 1).clamp_min(0)[:, past:]
         if past == 0 and bool((present[:, 1:] <= present[:, :-1]).all()) and bool(present[:, 0].all()):

@@ -61,7 +61,8 @@ def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
             initialise(layer, weights(name), config.init)
         if config.dora:  # float32 at any dtype of A and B: steps of training are far below a length's 16-bit digits
             layer.lora_magnitude_vector = nn.Parameter(layer.row_lengths())
-    originals = train_whole(model, saved, ADAPTER_DTYPES[config.dtype])
+    originals = {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved.items()}
+    train_whole(model, saved, ADAPTER_DTYPES[config.dtype])
     note(model, Attachment(config, before, originals))
 
 

@@ -19,8 +19,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tyro.conf import Positional
 
-from models.adapter import load_adapter
-from models.checkpoint import load
 from models.compare import Comparison, answers, compare, random_probe, text_probe
 from models.device import pick_device, pick_dtype
 from models.errors import CheckpointError, ConfigError, DataError
@@ -28,7 +26,7 @@ from models.lazy import load_lazily
 from models.merging import FLOATS, MergedLayer, merge_checkpoint, own_original, refuse_used
 from models.model import Model
 from models.precision import parts_in_memory, statement
-from models.target import LoadOptions, Target, resolve
+from models.target import LoadOptions, Target, load_parts, resolve
 from models.tokenizer import find_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -121,13 +119,15 @@ def command(options: MergeOptions, console: "Console") -> dict[str, Any]:
 
 def load_merging(target: Target, options: LoadOptions) -> Model:
     """The model as it was trained: codes are chosen for weights in the run's dtype."""
+    if target.adapter is None and target.run is not None:
+        raise CheckpointError(
+            f"{target.run}: nothing to merge, since every weight was trained; the whole model is in {target.base}"
+        )
     if target.adapter is None:
         raise CheckpointError(f"{target.base}: no adapter to merge; name a run, or give --load.adapter DIRECTORY")
     device = pick_device(options.device)
     dtype = pick_dtype(target.dtype or "auto" if options.dtype == "auto" else options.dtype, device)
-    model = load(target.base, target.quant, dtype, device, options.head, options.num_labels)
-    load_adapter(model, target.adapter)
-    return model.eval()
+    return load_parts(target, options, dtype, device)
 
 
 def in_float32(model: Model) -> Model:

@@ -24,9 +24,10 @@ from models.errors import CheckpointError, ConfigError
 from models.linear import AdaptableLinear, NF4Linear
 from models.lora import adapted_layers, merged
 from models.model import Model
-from models.precision import ADAPTERS, owner, part_of, plain_name
+from models.precision import ADAPTERS, owner, part_of
 from models.readers import RenamedReader
 from models.tokenizer import Tokenizer, save_tokenizer
+from models.whole import plain_name
 from models.writer import SHARD_BYTES, CheckpointWriter
 
 FLOATS = {"float64", "float32", "bfloat16", "float16", "F64", "F32", "BF16", "F16"}  # torch's names and GGUF's

@@ -6,19 +6,32 @@ embeddings, norms and heads, which stay in 16 bits.
 """
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.whole import computed_dtype
 
+
+@runtime_checkable
 class Config(Protocol):
     """What every model's configuration can be asked."""
 
-    vocab_size: int
-    pad_token_id: int | None
-    eos_token_id: tuple[int, ...]
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def pad_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> tuple[int, ...]: ...
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest input; None where positions are relative and nothing but memory is in the way."""
+        ...
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json in the released field names."""
@@ -38,6 +51,8 @@ class Model(nn.Module):
     """Layers that other readers build as the head, dense in 4-bit files even where it is the embedding itself."""
     always_dense: tuple[str, ...] = ()
     """Leaf names of block linears that other readers of 4-bit files never take in 4 bits."""
+    fresh_head: bool = False
+    """Does a head start from random weights, because the checkpoint has none?"""
     attachment: Any = None
     """What `models.lora` keeps of the adapters that it has put on."""
 
@@ -57,8 +72,8 @@ class Model(nn.Module):
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest input; None where positions are relative and nothing but memory is in the way."""
-        return None
+        """The longest input, None for any."""
+        return self.config.max_tokens
 
     def parameter_named(self, name: str) -> str | None:
         """The parameter that a tensor of a released file is for; None for one that the config already tells.
@@ -77,11 +92,11 @@ class Model(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What activations are computed in."""
-        return self.embedding.weight.dtype
+        return computed_dtype(self.embedding, "weight")
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return next(self.embedding.parameters()).device  # its weight may have to be rounded first
 
     @property
     def gradient_checkpointing(self) -> bool:

@@ -15,15 +15,14 @@ import torch
 
 import kernels
 import nf4
-from models.adapter import load_adapter
-from models.checkpoint import load, open_checkpoint, skeleton, stored_in_4_bits, stream
+from models.checkpoint import open_checkpoint, skeleton, stored_in_4_bits, stream
 from models.device import DTYPES, pick_device, pick_dtype
 from models.errors import ConfigError
 from models.linear import AdaptableLinear, Linear, NF4Linear
 from models.lora import merge_adapter, merged
 from models.model import Model
 from models.quantize import LayerReport, quantize_checkpoint, readable, report
-from models.target import LoadOptions, Target
+from models.target import LoadOptions, Target, load_parts
 from models.tokenizer import find_tokenizer, save_tokenizer
 from models.writer import save, unknown_to_others
 from nf4 import QuantConfig, QuantizedTensor
@@ -83,8 +82,7 @@ def export_merged(
     if target.adapter is None:
         raise ConfigError("export: --merge needs an adapter; name a run, or give --load.adapter DIRECTORY")
     tokenizer = find_tokenizer(target.base)
-    model = load(target.base, target.quant, dtype, device, options.head, options.num_labels)
-    load_adapter(model, target.adapter)
+    model = load_parts(target, options, dtype, device)
     layers, ratios = [], []
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptableLinear)]:
         ratio = requantize(model, name, layer, quant, dtype, layers)

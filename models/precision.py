@@ -5,7 +5,6 @@ of the model and because an adapter beside it can learn around the rounding. Eve
 the model computes in; `PARTS` says why. The bytes are counted for a loaded model and for one on disk.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
 from models.model import Model
 from models.readers import dtype_name
+from models.whole import plain_name
 from nf4.storage import read_state
 
 QUANTIZED = "quantized linears"
@@ -144,11 +144,6 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that a parameter belongs to, and what it is called there."""
     module, _, leaf = plain_name(name).rpartition(".")
     return model.get_submodule(module), leaf
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in files, also while torch keeps another behind it that is trained in a wider dtype."""
-    return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
 
 
 def statement(parts: Parts) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.linear import Linear
 from models.model import Model, Stack
+from models.packed import refuse_packed
 from models.recompute import recomputed
 from models.roberta_config import RobertaConfig, roberta_config
 from models.roberta_heads import ClassificationHead, MaskedHead
@@ -194,12 +195,13 @@ class Roberta(Model):
         return self.classifier.loss(self.first(input_ids, attention_mask)[scored], labels[scored])
 
     def check(self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None) -> None:
-        """Refuse what a table has no row for, and a mask of another shape."""
+        """Refuse what a table has no row for, and a mask of another shape or meaning."""
         length, V = input_ids.shape[1], self.config.vocab_size
-        if length > self.max_tokens:
+        longest = self.config.max_tokens
+        if length > longest:
             raise ValueError(
-                f"a text of {length} tokens is longer than the {self.max_tokens} that this model has positions for; "
-                f"cut it with encode(text, max_length={self.max_tokens})"
+                f"a text of {length} tokens is longer than the {longest} that this model has positions for; "
+                f"cut it with encode(text, max_length={longest})"
             )
         outside = input_ids[(input_ids < 0) | (input_ids >= V)]
         if outside.numel():
@@ -211,14 +213,11 @@ class Roberta(Model):
                 f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids {tuple(input_ids.shape)}; "
                 "they must agree"
             )
+        refuse_packed(attention_mask, "RoBERTa")
 
     @property
     def embedding(self) -> nn.Embedding:
         return self.roberta.embeddings.word_embeddings
-
-    @property
-    def max_tokens(self) -> int:
-        return self.config.max_position_embeddings - self.config.pad_token_id - 1
 
     def parameter_named(self, name: str) -> str | None:
         return parameter_for(name, "lm_head" if self.lm_head is not None else "classifier")

@@ -68,6 +68,11 @@ class RobertaConfig:
             if rate is not None and not 0 <= rate < 1:
                 raise CheckpointError(f"config: {name} is {rate}; it must be at least 0 and below 1")
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest input, special tokens included."""
+        return self.max_position_embeddings - self.pad_token_id - 1
+
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that any reader of released RoBERTa checkpoints understands."""
         values = {key: value for key, value in asdict(self).items() if value is not None and key != "labels"}

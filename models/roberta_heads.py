@@ -54,7 +54,11 @@ class ClassificationHead(nn.Module):
 
     def loss(self, x: Float[Tensor, "L D"], labels: Shaped[Tensor, " L"]) -> Float[Tensor, ""]:
         """Mean cross-entropy of classes, or mean squared error of numbers, in float32."""
-        logits = self(x).float()
+        return self.score(self(x), labels)
+
+    def score(self, logits: Float[Tensor, "L labels"], labels: Shaped[Tensor, " L"]) -> Float[Tensor, ""]:
+        """The loss of logits that are there already."""
+        logits = logits.float()
         if self.regression:
             return F.mse_loss(logits[:, 0], labels.float())
         if labels.is_floating_point():

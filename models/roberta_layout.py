@@ -5,9 +5,8 @@ beta; some carry the tied decoder a second time and the table 0, 1, 2, ... of po
 the model does not have is left out, as other readers do.
 """
 
-import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from models.errors import CheckpointError, ConfigError
@@ -72,13 +71,6 @@ def with_head(
         )
     fresh = not has_classifier(names)
     labels = chosen_labels(config, where, head, num_labels, fresh)
-    if fresh:
-        logging.getLogger(__name__).warning(
-            "%s: no classification head; a new one of %d labels starts from random weights. "
-            "LoraConfig(modules_to_save=('classifier',)) trains it beside the adapters.",
-            where,
-            len(labels),
-        )
     return replace(config, problem_type=REGRESSION if head == "regression" else CLASSIFICATION, labels=labels), fresh
 
 
@@ -125,6 +117,17 @@ def has_masked_head(names: Collection[str]) -> bool:
 def has_classifier(names: Collection[str]) -> bool:
     """RoBERTa's has two layers: `classifier.weight` alone is another task's."""
     return "classifier.dense.weight" in names or "classifier.out_proj.weight" in names
+
+
+def held_labels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """How many labels the classification head among tensors of these shapes gives; None: there is none."""
+    counts = [shape[0] for name, shape in shapes.items() if released_name(name) == "classifier.out_proj.bias"]
+    return counts[0] if counts else None
+
+
+def in_classifier(name: str) -> bool:
+    """Is a tensor part of a classification head, of the only one or one of several?"""
+    return name.startswith(("classifier.", "classification_heads."))
 
 
 def named_classifiers(names: Collection[str]) -> list[str]:

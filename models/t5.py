@@ -16,6 +16,7 @@ import kernels
 from models.cache import Cache, LayerCache
 from models.errors import CheckpointError, ConfigError
 from models.model import Model
+from models.packed import refuse_packed
 from models.t5_blocks import Blocks, CrossAttentionLayer
 from models.t5_config import HEAD, T5Config, t5_config
 
@@ -156,4 +157,5 @@ def tokens_present(mask: Tensor | None, shape: tuple[int, ...], name: str) -> Bo
     """Which tokens are there, by an attention mask of that shape."""
     if mask is not None and mask.shape != shape:
         raise ValueError(f"{name} has shape {tuple(mask.shape)}; the tokens it is for need {tuple(shape)}")
+    refuse_packed(mask, "a T5")
     return None if mask is None else mask.to(torch.bool)

@@ -63,6 +63,11 @@ class T5Config:
                 raise CheckpointError(f"config: {name} is {getattr(self, name)}, outside of {self.vocab_size} tokens")
 
     @property
+    def max_tokens(self) -> None:
+        """Positions are relative, so that nothing but memory limits an input."""
+        return None
+
+    @property
     def gated(self) -> bool:
         """Is the feed-forward a product of two projections?"""
         return self.feed_forward_proj.startswith("gated-")

@@ -1,15 +1,23 @@
-"""What a command's TARGET names: a checkpoint, or a run, which is a checkpoint with its adapter."""
+"""What a command's TARGET names: a checkpoint, or a run, which is a checkpoint with its adapter or a whole model.
+
+A run that labels texts says how in its own files, since an adapter's do not: its task in config.toml, the names of the
+labels in data/manifest.json.
+"""
 
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from models.adapter import load_adapter
 from models.checkpoint import load
 from models.device import pick_device, pick_dtype
 from models.errors import CheckpointError
+from models.labelled import HEADS, load_labelled
 from models.model import Model
+from models.readers import read_json
 from models.tokenizer import Tokenizer, load_tokenizer
 from nf4 import QuantConfig
 
@@ -42,19 +50,33 @@ class Target:
     adapter: Path | None
     quant: QuantConfig | None
     """How the base is quantized on loading; None: it is taken as it is."""
-    dtype: str | None
+    dtype: str | None = None
     """What the run computed in; None for a checkpoint."""
+    head: str | None = None
+    """classification or regression, where the run put such a head on its base; None: what the base holds."""
+    labels: tuple[str, ...] = ()
+    """The classes by number."""
+    run: Path | None = None
+    """The run, if it is one."""
 
 
 def load_target(target: str | Path, options: LoadOptions = LoadOptions()) -> tuple[Model, Tokenizer]:
     """The model and tokenizer that a path names, with the run's base, format and adapter if it is a run."""
     parts = resolve(target, options)
     device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    model = load(parts.base, parts.quant, dtype, device, options.head, options.num_labels)
+    model = load_parts(parts, options, pick_dtype(options.dtype, device), device)
+    return model, load_tokenizer(parts.base)
+
+
+def load_parts(parts: Target, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> Model:
+    """Base and adapter in one model; an adapter's head comes with it."""
+    if parts.head is not None and options.head is None:
+        model = load_labelled(parts.base, parts.head, parts.labels, parts.quant, dtype, device)
+    else:
+        model = load(parts.base, parts.quant, dtype, device, options.head, options.num_labels)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
-    return model.eval(), load_tokenizer(parts.base)
+    return model.eval()
 
 
 def resolve(target: str | Path, options: LoadOptions = LoadOptions()) -> Target:
@@ -62,14 +84,27 @@ def resolve(target: str | Path, options: LoadOptions = LoadOptions()) -> Target:
     target = Path(target)
     adapter = Path(options.adapter) if options.adapter is not None else None
     if not (target / "config.toml").exists():
-        return Target(target, adapter, options.quant if options.quantize else None, None)
+        return Target(target, adapter, options.quant if options.quantize else None)
     run = read_run(target / "config.toml")
-    if not (target / "adapter" / "adapter_config.json").exists():
-        raise CheckpointError(f"{target}: a run without an adapter; it may not have finished (see STATUS)")
+    whole = not run.get("adapters", True)
+    leaves = target / "model" / "config.json" if whole else target / "adapter" / "adapter_config.json"
+    if not leaves.exists():
+        what = "a model" if whole else "an adapter"
+        raise CheckpointError(f"{target}: a run without {what}; it may not have finished (see STATUS)")
+    if whole:
+        return Target(leaves.parent, adapter, options.quant if options.quantize else None, run.get("dtype"), run=target)
     quantize, quant = options.quantize, options.quant
     if quantize is None:
         quantize, quant = run.get("quantize", True), run_quant(run, target / "config.toml")
-    return Target(Path(run["model"]), adapter or target / "adapter", quant if quantize else None, run.get("dtype"))
+    return Target(
+        base=Path(run["model"]),
+        adapter=adapter or leaves.parent,
+        quant=quant if quantize else None,
+        dtype=run.get("dtype"),
+        head=run["task"] if run.get("task") in HEADS else None,
+        labels=run_labels(target / "data" / "manifest.json") if run.get("task") in HEADS else (),
+        run=target,
+    )
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -80,6 +115,14 @@ def read_run(path: Path) -> dict[str, Any]:
     if not isinstance(run.get("model"), str) or not isinstance(run.get("dtype", "auto"), str):
         raise CheckpointError(f"{path}: does not say which model the run started from, or in which dtype")
     return run
+
+
+def run_labels(path: Path) -> tuple[str, ...]:
+    """The classes that a run's data has, by number."""
+    labels = read_json(path).get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise CheckpointError(f"{path}: labels is {labels!r:.80}; a list of names is needed")
+    return tuple(labels)
 
 
 def run_quant(run: dict[str, Any], path: Path) -> QuantConfig:

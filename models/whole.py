@@ -1,12 +1,14 @@
-"""Modules that are trained whole beside the adapters: a fresh classifier, a head, an embedding with new tokens.
+"""Weights that are trained whole: a fresh classifier or an embedding beside the adapters, or all of a model.
 
-They are trained in the adapters' dtype or their own, whichever is wider: steps of training are smaller than the last
-digit of a 16-bit weight and would be lost. The model goes on computing in its own dtype; where that is another,
-reading the weight gives it rounded, and the wide one behind it is what learns. Such a parameter has another name in
-`named_parameters()` (torch's parametrization gives it), but everything here and in the file uses the plain one.
+They are trained in float32 (beside adapters, in those' dtype) or their own dtype, whichever is wider: steps of training
+are smaller than the last digit of a 16-bit weight and would be lost. The model goes on computing in its own dtype;
+where that is another, reading the weight gives it rounded, and the wide one behind it is what learns. Such a parameter
+has another name in `named_parameters()` (torch's parametrization gives it), but everything here and in the file uses
+the plain one.
 """
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,16 +47,26 @@ def within(module: str, names: Collection[str]) -> bool:
     return any(ends_with(owner, name) for owner in owners for name in names)
 
 
-def train_whole(model: nn.Module, saved: Mapping[str, nn.Parameter], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make these parameters trainable, in `dtype` or wider; returns what they hold, on the CPU."""
-    for name, parameter in saved.items():
+def train_every_weight(model: nn.Module) -> None:
+    """Full fine-tuning: every parameter learns, in float32. One that is used twice is one parameter still."""
+    quantized = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+    if quantized:
+        raise ValueError(
+            f"{len(quantized)} layers are quantized (first: {quantized[0]}), and codes cannot be trained; "
+            "load the model without quantization, or train adapters"
+        )
+    train_whole(model, dict(model.named_parameters()), torch.float32)
+
+
+def train_whole(model: nn.Module, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+    """Make these parameters trainable, in `dtype` or wider."""
+    for name, parameter in parameters.items():
         owner, leaf = place(model, name)
         parameter.requires_grad_(True)
         wide = torch.promote_types(parameter.dtype, dtype)
         if wide != parameter.dtype:
             setattr(owner, leaf, nn.Parameter(parameter.detach().to(wide)))
             parametrize.register_parametrization(owner, leaf, Rounded(parameter.dtype), unsafe=True)
-    return {name: p.detach().to("cpu", copy=True) for name, p in saved.items()}
 
 
 class Rounded(nn.Module):
@@ -66,6 +78,32 @@ class Rounded(nn.Module):
 
     def forward(self, wide: Tensor) -> Tensor:
         return wide.to(self.dtype)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Everything that learns, adapters too, by plain name."""
+    return {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def computed_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with its plain name, as the model computes with it: rounded one at a time."""
+    for name, _ in model.named_parameters():
+        owner, leaf = place(model, plain_name(name))
+        yield plain_name(name), getattr(owner, leaf).detach()
+
+
+def computed_dtype(owner: nn.Module, leaf: str) -> torch.dtype:
+    """The dtype that a parameter has where the model reads it, without rounding it to see."""
+    if parametrize.is_parametrized(owner, leaf):
+        rounded = owner.get_submodule(f"parametrizations.{leaf}.0")
+        assert isinstance(rounded, Rounded)
+        return rounded.dtype
+    return owner.get_parameter(leaf).dtype
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in files, also while torch keeps another behind it that is trained in a wider dtype."""
+    return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
 
 
 def trained_parameter(model: nn.Module, name: str) -> nn.Parameter:

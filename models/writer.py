@@ -26,6 +26,7 @@ import nf4
 from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
 from models.model import Model
+from models.whole import computed_parameters
 from nf4 import QuantConfig, QuantizedTensor
 from nf4.storage import BITSANDBYTES
 
@@ -44,11 +45,11 @@ def save(model: Model, directory: str | Path, shard_bytes: int = SHARD_BYTES) ->
         )
     quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, NF4Linear)}
     with CheckpointWriter(directory, shard_bytes) as writer:
-        for name, parameter in model.named_parameters():
+        for name, value in computed_parameters(model):
             if name in quantized:
                 writer.add(name, quantized[name].quantized)
             elif name.rpartition(".")[0] + ".weight" not in quantized or name.endswith(".bias"):
-                writer.add(name, parameter.detach())
+                writer.add(name, value)
         configs = [layer.quant_config for layer in quantized.values()]
         quantization = quantization_config(model, quantized, configs[0], model.dtype) if configs else None
         writer.finish(model.config.to_dict(), str(model.dtype), quantization)

@@ -17,9 +17,9 @@ from models import LoraConfig, generate
 from models.chat import render_chat
 from train.data import DataConfig
 from train.demo_model import demo_model
-from train.finetune import Finetuning, prepare
 from train.footprint import Footprint, footprint
 from train.optimizer import OptimizerConfig
+from train.preparation import Finetuning, prepare
 from train.recipe import RunConfig
 
 if TYPE_CHECKING:

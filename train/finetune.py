@@ -1,25 +1,12 @@
-"""`qlora train`: from a checkpoint and a data file to an adapter, in one directory that tells the whole story.
-
-The order matters: data first, because its mistakes are the commonest and cheapest to find; seeds before the
-adapters, which are random; the adapter read back after it is written, before the run calls itself done.
-"""
+"""`qlora train`: from a checkpoint and a data file to an adapter or a model, in one directory that tells the story."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.held_out import held_out_loss
-from models import ConfigError, Llama, Refusal, attach_lora, load, save_adapter
-from models.device import pick_device, pick_dtype
-from models.llama import causal
+from models.labelled import HEADS
 from models.precision import parts_in_memory, statement
-from models.tokenizer import Tokenizer, load_tokenizer
-from train.data import Dataset, load_data, padding_id, preview
-from train.data.batches import Batches
-from train.loop import TrainResult, train
+from train.preparation import Finetuning, prepare
 from train.recipe import RunConfig
-from train.run import Run
-from train.seed import seed_everything
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,110 +14,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunConfig):
-    """Fine-tune LoRA adapters on a frozen, quantized base."""
+    """Fine-tune LoRA adapters on a frozen, quantized base, or without either."""
 
     json: bool = field(default=False, metadata={"saved": False})
     """Print one JSON object on stdout."""
 
 
-@dataclass
-class Finetuning:
-    """A run made ready: adapters on the model, data in tokens, a directory to write into."""
-
-    config: RunConfig
-    model: Llama
-    tokenizer: Tokenizer
-    data: Dataset
-    run: Run
-
-    def held_out(self, step: int) -> dict[str, float]:
-        """Loss on the examples held out; the loop writes it down before, during and after training."""
-        batches = Batches(
-            self.data.held_out,
-            self.config.batch_size,
-            padding_id(self.tokenizer),
-            group_by_length=True,
-            batch_tokens=self.config.batch_tokens,
-        )
-        result = held_out_loss(self.model, (batch.inputs for batch in batches.epoch(0)))
-        return {"loss": result.loss, "labels": result.tokens}
-
-    def train(self) -> TrainResult:
-        """Run the loop, then write the adapter and check what was written."""
-        config, data = self.config, self.config.data
-        batches = Batches(
-            self.data.train,
-            config.batch_size,
-            padding_id(self.tokenizer),
-            data.seed,
-            data.group_by_length,
-            batch_tokens=config.batch_tokens,
-            row_tokens=data.max_len if data.pack else None,
-        )
-        with self.run:
-            result = train(
-                self.model,
-                batches,
-                config,
-                self.run,
-                eval_fn=self.held_out if self.data.held_out else None,
-                quiet=config.quiet,
-            )
-            self.model.eval()
-            save_adapter(self.model, self.run.directory / "adapter")
-            if result.status == "done":
-                self.run.status("done")
-        return result
-
-
-def prepare(config: RunConfig) -> Finetuning:
-    """Read data and model, attach the adapters, and open the run's directory."""
-    device = pick_device(config.device)
-    tokenizer = load_tokenizer(config.model)
-    data = load_data(config.data, tokenizer)
-    hashes = {data.manifest["file"]: data.manifest["sha256"]}
-    run = Run.create(config.directory(), config, overwrite=config.overwrite, device=device, data=hashes)
-    with run:
-        run.write_data(data.manifest, preview(data.train, tokenizer))
-        quant = config.quant if config.quantize else None
-        model = causal(load(config.model, quant, pick_dtype(config.dtype, device), device), "training on responses")
-        longest = data.manifest["longest"]
-        if longest > model.max_tokens:
-            raise ConfigError(
-                f"data: the longest example has {longest} tokens, but the model knows {model.max_tokens} "
-                "positions; set data.max_len"
-            )
-        seed_everything(config.seed)
-        try:
-            attach_lora(model, config.lora)
-        except Refusal:
-            raise
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        model.gradient_checkpointing = config.gradient_checkpointing
-    return Finetuning(config, model, tokenizer, data, run)
-
-
 def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
     finetuning = prepare(options)
-    manifest = finetuning.data.manifest
-    console.print(
-        f"{manifest['file']}: {manifest['format']} records, {manifest['train']} to train on, "
-        f"{manifest['held_out']} held out, {manifest['dropped']} dropped; "
-        f"{manifest['label_share']:.0%} of {manifest['tokens']:,} tokens are learned"
-    )
-    for warning in finetuning.data.warnings:
-        console.print(warning)
-    console.print(statement(parts_in_memory(finetuning.model)))
+    for line in opening(finetuning, options):
+        console.print(line)
     result = finetuning.train()
-    directory = str(finetuning.run.directory)
     for evaluation in (result.evaluations[0], result.evaluations[-1]) if result.evaluations else ():
-        console.print(f"held-out loss {evaluation['loss']:.4f} after step {evaluation['step']:.0f}")
-    console.print(f"{result.status}: adapter in {Path(directory) / 'adapter'}")
+        console.print(f"{measured(evaluation)} after step {evaluation['step']:.0f}")
+    console.print(f"{result.status}: {finetuning.result.name} in {finetuning.result}")
     if result.signal is not None:
         raise SystemExit(128 + result.signal)
     return {
-        "run": directory,
+        "run": str(finetuning.run.directory),
         "status": result.status,
         "steps": result.state.step,
         "loss": result.loss,
@@ -138,5 +39,49 @@ def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
         "seconds": round(result.seconds, 2),
         "peak_memory": result.peak_memory,
         "optimizer": {"state_bytes": result.state_bytes, "managed_bytes": result.managed_bytes},
-        "data": manifest,
+        "data": finetuning.data.manifest,
     }
+
+
+def opening(finetuning: Finetuning, given: RunConfig) -> list[str]:
+    """What is trained, and on what: a line each for data, labels, method and the parts of the model."""
+    config, manifest = finetuning.config, finetuning.data.manifest
+    lines = [
+        f"{manifest['file']}: {manifest['format']} records, {manifest['train']} to train on, "
+        f"{manifest['held_out']} held out, {manifest['dropped']} dropped; {learned(manifest)}"
+    ]
+    if config.task in HEADS:
+        lines.append(head(finetuning, given))
+    lines += finetuning.data.warnings
+    if not config.adapters:
+        lines.append("every weight is trained, in float32")
+    return [*lines, statement(parts_in_memory(finetuning.model))]
+
+
+def learned(manifest: dict[str, Any]) -> str:
+    """How much of the data is learned, in a few words."""
+    if manifest["task"] == "classification":
+        names = manifest["labels"]
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        return f"{manifest['tokens']:,} tokens; {len(names)} classes: {shown}"
+    if manifest["task"] == "regression":
+        return f"{manifest['tokens']:,} tokens; a number is learned"
+    if manifest["task"] == "seq2seq":
+        return f"{manifest['label_tokens']:,} tokens are written to sources"
+    return f"{manifest['label_share']:.0%} of {manifest['tokens']:,} tokens are learned"
+
+
+def head(finetuning: Finetuning, given: RunConfig) -> str:
+    """Where the classifier starts, and that it is trained whole."""
+    start = "a new classifier" if finetuning.model.fresh_head else "the checkpoint's classifier"
+    if not finetuning.config.adapters:
+        return f"{start} is trained"
+    added = finetuning.config.lora.modules_to_save != given.lora.modules_to_save
+    return f"{start} is trained whole beside the adapters" + (" (added to lora.modules_to_save)" if added else "")
+
+
+def measured(evaluation: dict[str, int | float]) -> str:
+    """Held-out loss, and how far labels agree where there are some."""
+    agreement = {"accuracy": "accuracy {:.1%}", "pearson": "Pearson r {:.3f}"}
+    shown = [form.format(evaluation[name]) for name, form in agreement.items() if name in evaluation]
+    return ", ".join([f"held-out loss {evaluation['loss']:.4f}", *shown])

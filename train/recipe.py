@@ -22,15 +22,20 @@ class RunConfig(LoopConfig):
     name: str | None = None
     """The run's name; time and model by default."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """What the model computes in; auto is bfloat16 where the device multiplies it, else float32."""
+    """What the model computes in; auto is bfloat16 where the device multiplies it, else float32. Where every weight is
+    trained, it is so in float32 all the same."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1; auto is cuda if there is one."""
     quantize: bool = True
     """Store the base's linear layers in few bits; without it this is plain LoRA."""
+    adapters: bool = True
+    """Train adapters on a frozen base; without it every weight is trained, which needs quantize = false."""
+    task: Literal["auto", "causal", "seq2seq", "classification", "regression"] = "auto"
+    """What is learned; auto follows from the model and, for a RoBERTa, from the labels of the data."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of keeping them."""
     seed: int = 42
-    """Decides the adapters' start and dropout; data.seed decides the order of the data."""
+    """Decides the start of adapters and of a new head, and dropout; data.seed decides the order of the data."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """How the base is stored."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -47,6 +52,11 @@ class RunConfig(LoopConfig):
             raise ValueError("model must name a checkpoint")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, not {self.seed}")
+        if self.quantize and not self.adapters:
+            raise ValueError(
+                "adapters is false, so every weight would be trained, and weights in few bits cannot be; "
+                "set quantize = false as well (--no-quantize)"
+            )
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ValueError(f"name must be a plain name without slashes, not {self.name!r}; out takes a path")
         super().__post_init__()

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from models.chat import CHATML_END
 from models.errors import ConfigError, DataError
 from models.tokenizer import Tokenizer
-from train.data import causal
+from train.data import causal, labelled, seq2seq
 from train.data.config import DataConfig
 from train.data.examples import Examples, Kind, open_examples
 from train.data.formats import Example
@@ -29,13 +29,19 @@ from train.data.tokenized import Tokenized
 Task = Literal["causal", "seq2seq", "classification", "regression"]
 Tokenize = Callable[[Example, Tokenizer, DataConfig, str], Tokenized]
 
-# How an example becomes ids. seq2seq.tokenize and labelled.tokenize (for both kinds of labels) go here.
-TOKENIZE: dict[str, Tokenize] = {"causal": causal.tokenize}
-KINDS: dict[str, Kind] = {
-    "causal": "text",
-    "seq2seq": "text",
-    "classification": "classification",
-    "regression": "regression",
+# How an example becomes ids.
+TOKENIZE: dict[str, Tokenize] = {
+    "causal": causal.tokenize,
+    "seq2seq": seq2seq.tokenize,
+    "classification": labelled.tokenize,
+    "regression": labelled.tokenize,
+}
+# Which kinds of data a task can learn from; a label is a text too, where the data says which.
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "causal": ("text", "classification", "regression"),
+    "seq2seq": ("text", "classification", "regression"),
+    "classification": ("classification",),
+    "regression": ("regression",),
 }
 
 
@@ -102,12 +108,13 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, task: Task = "causal") -
     if config.pack and task != "causal":
         raise ConfigError(f"data: only a causal language model can learn packed rows, not {task}; set data.pack=false")
     examples = open_examples(config.path, config.format)
-    if examples.kind != KINDS[task]:
+    if examples.kind not in KINDS[task]:
         raise DataError(
-            f"data: {config.path} ({examples.format}) holds examples of {examples.kind}, but {task} needs {KINDS[task]}"
+            f"data: {config.path} ({examples.format}) holds examples of {examples.kind}, but {task} needs "
+            f"{' or '.join(KINDS[task])}"
         )
     make = partial(tokenize_as, task=task, tokenizer=tokenizer, config=config, layout=examples.format)
-    ends = end_ids(tokenizer) if KINDS[task] == "text" else ()
+    ends = end_ids(tokenizer) if "text" in KINDS[task] else ()
     found = survey((make(example) for example in examples), ends)
     kept, dropped = np.flatnonzero(found.labels).astype(np.int32), np.flatnonzero(found.labels == 0).astype(np.int32)
     drops = Drops(examples, dropped, f"no token to learn is left within {limits(config)}")

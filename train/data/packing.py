@@ -6,6 +6,7 @@ and positions count within it, so that what is learned of an example does not de
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Int
@@ -39,7 +40,7 @@ def fill(
         row for start in range(0, len(lengths), POOL) for row in fill_pool(lengths[start : start + POOL], room, start)
     ]
     bounds = np.cumsum([0, *map(len, rows)])
-    return np.fromiter((place for row in rows for place in row), np.int64, len(lengths)), bounds
+    return np.fromiter(chain.from_iterable(rows), np.int64, len(lengths)), bounds
 
 
 def fill_pool(lengths: Int[np.ndarray, " pool"], room: int, start: int) -> list[list[int]]:

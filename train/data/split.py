@@ -28,10 +28,10 @@ def split(
     if count >= total:
         raise DataError(f"data: {total} usable examples cannot give {count} held-out ones; lower data.eval_size")
     _, first, group, members = np.unique(openings, return_index=True, return_inverse=True, return_counts=True)
-    order = array("q", np.argsort(first).tolist())  # groups as they come in the file
+    order = array("q", np.argsort(first).tobytes())  # groups as they come in the file
     random.Random(seed).shuffle(order)
     chosen, held = np.zeros(len(first), bool), 0
-    for number, more in zip(order, members[order].tolist(), strict=True):
+    for number, more in zip(order, array("q", members[order].tobytes()), strict=True):
         if held + more <= count:
             chosen[number] = True
             held += more

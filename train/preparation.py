@@ -1,0 +1,161 @@
+"""From a config to a run that is ready, and from there to its result: the same for every model and method.
+
+The order matters: data first, because its mistakes are the commonest and cheapest to find; seeds before the model and
+its adapters, of which parts start from random numbers; the result read back after it is written, before the run calls
+itself done.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.held_out import held_out_loss
+from eval.labels import accuracy, pearson, predict
+from models import ConfigError, Model, Refusal, attach_lora, load, save_adapter, save_tokenizer
+from models.checkpoint import Description, describe
+from models.device import pick_device, pick_dtype
+from models.labelled import HEADS, labelling, load_labelled
+from models.tokenizer import Tokenizer, load_tokenizer
+from models.trained import save_model
+from models.whole import train_every_weight
+from train.data import Dataset, load_data, padding_id, preview
+from train.data.batches import Batches
+from train.loop import TrainResult, train
+from train.recipe import RunConfig
+from train.run import Run
+from train.seed import seed_everything
+from train.task import plan
+
+
+@dataclass
+class Finetuning:
+    """A run made ready: a model with what is to be trained in it, data in tokens, a directory to write into."""
+
+    config: RunConfig
+    """Its task is decided."""
+    model: Model
+    tokenizer: Tokenizer
+    data: Dataset
+    run: Run
+
+    @property
+    def result(self) -> Path:
+        """Where the run leaves what it has trained."""
+        return self.run.directory / ("adapter" if self.config.adapters else "model")
+
+    def held_out(self, step: int) -> dict[str, float]:
+        """Loss on the examples held out, and of labels how far they agree; the loop writes it down."""
+        batches = Batches(
+            self.data.held_out,
+            self.config.batch_size,
+            padding_id(self.tokenizer),
+            group_by_length=True,
+            batch_tokens=self.config.batch_tokens,
+        )
+        inputs = (batch.inputs for batch in batches.epoch(0))
+        if self.config.task not in HEADS:
+            result = held_out_loss(self.model, inputs)
+            return {"loss": result.loss, "labels": result.tokens}
+        found = predict(labelling(self.model), inputs)
+        if self.config.task == "classification":
+            agreement = {"accuracy": accuracy(found.logits, found.labels)}
+        else:
+            agreement = {"pearson": pearson(found.logits[:, 0], found.labels)}
+        return {"loss": found.loss, **agreement, "labels": len(found.labels)}
+
+    def train(self, **how: Any) -> TrainResult:
+        """Run the loop, which takes what else is given, then write the result and check what was written."""
+        config, data = self.config, self.config.data
+        batches = Batches(
+            self.data.train,
+            config.batch_size,
+            padding_id(self.tokenizer),
+            data.seed,
+            data.group_by_length,
+            batch_tokens=config.batch_tokens,
+            row_tokens=data.max_len if data.pack else None,
+        )
+        with self.run:
+            result = train(
+                self.model,
+                batches,
+                config,
+                self.run,
+                eval_fn=self.held_out if self.data.held_out else None,
+                quiet=config.quiet,
+                **how,
+            )
+            self.model.eval()
+            self.save()
+            if result.status == "done":
+                self.run.status("done")
+        return result
+
+    def save(self) -> None:
+        """Write the adapter, or the whole model with its tokenizer."""
+        if self.config.adapters:
+            save_adapter(self.model, self.result)
+        else:
+            save_model(self.model, self.result)
+            save_tokenizer(self.tokenizer, self.result)
+
+
+def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
+    """Read data and model, make trainable what is to be trained, and open the run's directory.
+
+    A run that is there already is gone on with: nothing in it is written anew.
+    """
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.model)
+    base = describe(config.model)
+    planned = plan(config, base)
+    config = planned.config
+    data = load_data(config.data, tokenizer, planned.task)
+    if planned.task in HEADS:
+        data.manifest["labels"] = list(planned.labels)
+    check_length(data, base)
+    opened = run or create(config, data, tokenizer, device)
+    with opened:
+        seed_everything(config.seed)
+        model = trainable_model(config, planned.labels, device)
+        model.gradient_checkpointing = config.gradient_checkpointing
+    return Finetuning(config, model, tokenizer, data, opened)
+
+
+def check_length(data: Dataset, base: Description) -> None:
+    """Refuse examples that the model has no positions for."""
+    longest, most = data.manifest["longest"], base.config.max_tokens
+    if most is not None and longest > most:
+        raise ConfigError(
+            f"data: the longest example has {longest} tokens, but the model knows {most} positions; set data.max_len"
+        )
+
+
+def create(config: RunConfig, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> Run:
+    """A new directory, with what is trained on in it."""
+    hashes = {data.manifest["file"]: data.manifest["sha256"]}
+    run = Run.create(config.directory(), config, overwrite=config.overwrite, device=device, data=hashes)
+    with run:
+        run.write_data(data.manifest, preview(data.train, tokenizer))
+    return run
+
+
+def trainable_model(config: RunConfig, labels: tuple[str, ...], device: torch.device) -> Model:
+    """The model with adapters, or with every weight to be trained; a new head and adapters draw random numbers."""
+    quant, dtype = config.quant if config.quantize else None, pick_dtype(config.dtype, device)
+    if config.task in HEADS:
+        model = load_labelled(config.model, config.task, labels, quant, dtype, device)
+    else:
+        model = load(config.model, quant, dtype, device)
+    try:
+        if config.adapters:
+            attach_lora(model, config.lora)
+        else:
+            train_every_weight(model)
+    except Refusal:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return model
