@@ -160,6 +160,31 @@ def test_the_labels_of_a_classification_file_are_counted(file, capsys):
     assert "scores from 0 to 4, mean 2" in err
 
 
+def test_a_check_is_made_for_the_task_that_is_to_be_learned(file, capsys):
+    path = file("index\tsentence1\tsentence2\tlabel\n" + "0\ta b\tc\tentailment\n" * 3, "rte.tsv")
+    t5 = tiny.TOKENIZER.parent / "t5"
+    found, err = told(capsys, "check", path, "--task", "seq2seq", "--tokenizer", t5, "--json")
+    tok = models.load_tokenizer(t5)
+    assert found["response"]["longest"] == len(tok.encode("entailment", eos=True))
+    assert found["prompt"]["longest"] == len(tok.encode("rte sentence1: a b sentence2: c", eos=True))
+    assert found["end_of_text"]["ids"] == {"</s>": tok.eos_token_id}
+    assert "is learned in 3 examples, 100.0%" in err
+    out, _ = told(capsys, "preview", path, "--task", "seq2seq", "--tokenizer", t5, "--count", 1)
+    assert "rte sentence1: a b sentence2: c</s>[[entailment</s>]]" in out
+    _, err = told(capsys, "check", file(PAIRS), "--task", "classification", code=3)
+    assert "my.jsonl (prompt-completion) holds text, which is not classification" in err
+
+
+def test_of_labels_no_end_of_text_is_asked(file, tokenizer, capsys):
+    path = file("text,label\na long text to read,x\nb,y\n", "my.csv")
+    arguments = ("--task", "classification", "--tokenizer", tokenizer, "--max-len", 4, "--json")
+    found, err = told(capsys, "check", path, *arguments)
+    assert found["whole"]["longest"] == 4
+    assert found["cut_prompts"] == 1
+    assert found["label_tokens"] == 0
+    assert "end of text" not in err
+
+
 def test_what_is_passed_over_is_told(file, capsys):
     chosen = "\n\nHuman: a\n\nAssistant:"
     rows = [{"chosen": f"{chosen} b", "rejected": ""}, {"chosen": chosen, "rejected": ""}]

@@ -78,6 +78,8 @@ def test_numbers_and_literals_are_not_cut_by_the_windows_end(folder, monkeypatch
     for window in range(1, 60):
         monkeypatch.setattr(json_records, "WINDOW", window)
         assert scanned(path)[1] == [{"a": 12345, "b": True, "c": "😀é"}, {"a": -1.5e10}]
+        task = written(folder, '{\n"a": 12345,\n"Instances": [{"b": 1}]\n}', "task.json")
+        assert scanned(task)[1] == [{"a": 12345, "Instances": [{"b": 1}]}]
 
 
 # NUL and lone carriage returns are no business of a table's.
