@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import tracemalloc
 from hashlib import sha256
 
@@ -77,6 +78,8 @@ def test_numbers_and_literals_are_not_cut_by_the_windows_end(folder, monkeypatch
     for window in range(1, 60):
         monkeypatch.setattr(json_records, "WINDOW", window)
         assert scanned(path)[1] == [{"a": 12345, "b": True, "c": "😀é"}, {"a": -1.5e10}]
+        task = written(folder, '{\n"a": 12345,\n"Instances": [{"b": 1}]\n}', "task.json")
+        assert scanned(task)[1] == [{"a": 12345, "Instances": [{"b": 1}]}]
 
 
 # NUL and lone carriage returns are no business of a table's.
@@ -147,6 +150,8 @@ def test_a_file_that_changed_is_not_read_as_if_it_had_not(folder):
         (b'{"a": 1}\n{"a": "\xe2\x82"}', "my.jsonl", "my.jsonl:2: is not UTF-8 .byte 0xe2 at offset 16"),
         (b'\xef\xbb\xbf{"a": 1}\n\xff', "my.jsonl", "my.jsonl:2: is not UTF-8 .byte 0xff at offset 12"),
         (b"a,b\n\xff,c", "my.csv", "my.csv:2: is not UTF-8 .byte 0xff at offset 4"),
+        (b"\x1f\x8b\x08\x00", "my.jsonl", "my.jsonl is compressed by gzip; unpack it"),
+        (b"PAR1\x15\x04", "my.json", "my.json is a Parquet file; write its rows as JSON lines"),
         (b"a,a\n1,2", "my.csv", "my.csv:1: the header names the column 'a' twice"),
         (b'a,b\n1,"2\n3\n4', "my.csv", "my.csv:2: is not CSV"),
         (b'[{"a": ' + b"1" * 5000 + b"}]", "my.json", "my.json:1: is not JSON .*4300"),
@@ -157,6 +162,12 @@ def test_a_file_that_changed_is_not_read_as_if_it_had_not(folder):
 def test_a_broken_file_is_refused_with_its_line(folder, content, name, message):
     with pytest.raises(DataError, match=message):
         scanned(written(folder, content, name))
+
+
+def test_a_pipe_cannot_be_read_twice_and_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe.jsonl is not a regular file"):
+        open_examples(tmp_path / "pipe.jsonl")
 
 
 def test_an_error_near_the_front_of_a_large_list_is_told_without_reading_it_all(folder, monkeypatch):

@@ -20,7 +20,7 @@ from models.errors import ConfigError, DataError
 from models.target import read_run
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.data.config import DataConfig
-from train.data.dataset import end_ids, limits, tokenize_as
+from train.data.dataset import KINDS, Task, end_ids, limits, tokenize_as
 from train.data.example import Example
 from train.data.examples import Examples, open_examples
 from train.data.formats import FORMATS
@@ -59,8 +59,8 @@ class DataOptions:
     """Tokens before the first response."""
     target_max_len: int | None = None
     """Tokens of a response."""
-    task: Literal["causal", "seq2seq"] = "causal"
-    """What kind of model is to learn the texts."""
+    task: Task = "causal"
+    """What is to be learned of them: texts by a causal or a seq2seq model, or their labels."""
     limit: int | None = None
     """check: look at so many examples only, from the front; every record is read all the same."""
     count: int = 3
@@ -94,6 +94,8 @@ def command(options: DataOptions, console: "Console") -> dict[str, Any]:
 
     tokenizer = None if options.tokenizer is None else named_tokenizer(Path(options.tokenizer))
     examples = open_examples(options.path, options.format)
+    if examples.kind not in KINDS[options.task]:
+        raise DataError(f"data: {options.path} ({examples.format}) holds {examples.kind}, which is not {options.task}")
     if options.action == "preview":
         return preview(options, examples, tokenizer, console)
     report = check(options, examples, tokenizer)
@@ -129,6 +131,7 @@ def check(options: DataOptions, examples: Examples, tokenizer: Tokenizer | None)
         "format": examples.format,
         "why": "named" if options.format else found_by(examples),
         "kind": examples.kind,
+        "task": options.task,
         "files": [asdict(file) for file in examples.files],
         "records": examples.records,
         "examples": len(examples),
@@ -170,7 +173,7 @@ def problems(report: dict[str, Any], kept: int, config: DataConfig) -> list[str]
             f"none of {report['checked']} examples has a token to learn within {limits(config)} (first: {first}); "
             "raise max_len, or lower source_max_len"
         ]
-    if not report["end_of_text"]["examples"]:
+    if "text" in KINDS[report["task"]] and not report["end_of_text"]["examples"]:
         return [
             f"the end of a text is learned in none of {kept} examples, so the model would never stop: "
             f"all responses are cut to {limits(config)}; raise target_max_len or max_len"
@@ -244,7 +247,8 @@ class Findings:
         if not example.label_count:
             self.dropped.add(example.where)
             return
-        self.lengths(len(example.input_ids) + example.target_length - example.label_count, example.label_count)
+        learned = example.label_count if example.label is None else 0
+        self.lengths(len(example.input_ids) + example.target_length - learned, learned)
         self.ended += any(label in ends for label in example.labels)
 
     def lengths(self, prompt: int, response: int) -> None:
@@ -271,6 +275,8 @@ def tokenized(example: Example, options: DataOptions, tokenizer: Tokenizer, layo
     try:
         return tokenize_as(example, task=options.task, tokenizer=tokenizer, config=options.config(), layout=layout)
     except DataError as error:
+        if str(error).startswith("data: "):
+            raise
         raise DataError(f"data: {example.where}: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """What `qlora data check` found, as a person reads it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -10,7 +11,7 @@ from train.data.records import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-BAR = 20  # characters of the longest bar
+BAR = 12  # characters of the longest bar
 PARTS = ("prompt", "response", "whole")
 
 
@@ -82,16 +83,22 @@ def findings(report: dict[str, Any]) -> list[str]:
     if "dropped" in report:
         lines += dropped(report["dropped"])
         lines.append(f"cut: {report['cut_prompts']:,} prompts, {report['cut_responses']:,} responses")
+        if report["task"] in ("classification", "regression"):
+            return [*lines, *repeated(report)]
         lines.append(f"learned: {report['label_tokens']:,} tokens, {report['label_share']:.1%} of all")
         end = report["end_of_text"]
         ids = " or ".join(f"{name} ({number})" for name, number in end["ids"].items())
         lines.append(f"end of text: {ids} is learned in {end['examples']:,} examples, {end['share']:.1%}")
         pad = "no id of its own" if end["pad_id"] is None else f"id {end['pad_id']}"
         lines.append(f"padding: {pad}; it {end['padding']}, and never learned")
-    for name, what in (("duplicates", "examples that repeat an earlier one"), ("empty_prompts", "empty prompts")):
-        if report[name]["count"]:
-            lines.append(f"{what}: {report[name]['count']:,} ({places(report[name])})")
-    return lines
+    return [*lines, *repeated(report)]
+
+
+def repeated(report: dict[str, Any]) -> list[str]:
+    kinds = (("duplicates", "examples that repeat an earlier one"), ("empty_prompts", "empty prompts"))
+    return [
+        f"{what}: {report[name]['count']:,} ({places(report[name])})" for name, what in kinds if report[name]["count"]
+    ]
 
 
 def dropped(found: dict[str, Any]) -> list[str]:
@@ -103,4 +110,6 @@ def dropped(found: dict[str, Any]) -> list[str]:
 
 
 def places(found: dict[str, Any]) -> str:
-    return ", ".join(found["first"]) + (", ..." if found["count"] > len(found["first"]) else "")
+    return ", ".join(Path(where).name for where in found["first"]) + (
+        ", ..." if found["count"] > len(found["first"]) else ""
+    )

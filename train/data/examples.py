@@ -94,8 +94,7 @@ def open_examples(path: str | Path, format: str | None = None) -> Examples:
     for file in files:
         scan.read(file)
     sources = Sources(files)
-    scan.plant(sources)
-    scan.finish(path)
+    scan.finish(path, sources)
     return Examples(path, sources, scan)
 
 

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from models.errors import DataError
-from train.data.stream import LONGEST, Stream
-
-Found = tuple[int, int, int, Any]  # a record's line, its first byte and the one behind it; its value or a ValueError
+from train.data.stream import LONGEST, Found, Stream
 
 DECODER = json.JSONDecoder()
 WHITE = " \t\n\r"

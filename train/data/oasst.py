@@ -97,13 +97,13 @@ class Forest:
         self.numbers[id] = number
         if not usable(record):
             raise PassedOver("messages that were deleted or did not pass review")
-        made = message(record)
+        made, place = message(record), rank(record)
         if made["role"] == "assistant":
             self.answers.add(number)
         if not parent:
             self.roots.append(id)
         else:
-            self.children.setdefault(parent, []).append((rank(record), number, id))
+            self.children.setdefault(parent, []).append((place, number, id))
 
     def threads(self) -> dict[int, list[int]]:
         """By the row of each question, the rows of its conversation up to the last answer; none if there is none."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import DataError
-from train.data.json_records import ITEMS, Found, json_lines, json_list, json_object
-from train.data.stream import Stream
+from train.data.json_records import ITEMS, json_lines, json_list, json_object
+from train.data.stream import Found, Stream
 from train.data.tables import plain_fields, plain_rows, row_of, rows
 
 Record = dict[str, Any]
@@ -91,7 +91,9 @@ class RecordFile:
 
 
 def opened(path: Path) -> BufferedReader:
-    """A file to read from."""
+    """A file to read from, more than once: a pipe cannot be."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"data: {path} is not a regular file; write the records to one")
     try:
         return open(path, "rb")
     except OSError as error:

@@ -36,6 +36,8 @@ class Scan:
         for number, record in enumerate(file.scan()):
             try:
                 self.take(self.total, record, file, number)
+            except DataError:
+                raise
             except ValueError as error:
                 self.unusable += 1
                 if self.unusable <= SHOWN:
@@ -49,7 +51,7 @@ class Scan:
                 return
             raise record
         if self.format is None:
-            self.format = detect(record, file.path)
+            self.format = self.told(record, file, number)
         layout = FORMATS[self.format]
         if not fits(record, layout.keys + layout.named):
             raise ValueError(misfit(record, self.format))
@@ -66,20 +68,20 @@ class Scan:
             if layout.classes:
                 self.classes.add(class_of(one))
 
-    def plant(self, sources: "Sources") -> None:
-        """Examples of the rows that belong together, once all are known."""
-        if self.format is not None and FORMATS[self.format].threads:
-            threads = self.forest.threads()
-            for root, thread in threads.items():
-                if not thread:
-                    self.skip("questions without an answer", sources.where(root))
-            self.places.take([thread for thread in threads.values() if thread])
+    def told(self, record: Record, file: RecordFile, number: int) -> str:
+        """The layout, which the first record decides: where that has none, what follows is not looked at."""
+        try:
+            return detect(record, file.path)
+        except ValueError as error:
+            if self.unusable:
+                raise
+            raise DataError(f"data: {file.where(number)}: {error}") from error
 
     def skip(self, reason: str, where: str) -> None:
         self.skipped.setdefault(reason, Skipped(reason, 0, where)).count += 1
 
-    def finish(self, path: Path) -> None:
-        """Refuse what cannot be used, and what has nothing to use."""
+    def finish(self, path: Path, sources: "Sources") -> None:
+        """Refuse what cannot be used, and what has nothing to use; find the rows that belong together."""
         if self.unusable == 1:
             raise DataError(f"data: {self.problems[0]}")
         if self.unusable:
@@ -88,9 +90,19 @@ class Scan:
             raise DataError(f"data: {self.unusable} of {self.total} records in {path} cannot be used:{listed}")
         if self.format is None:
             raise DataError(f"data: {path} is empty; at least one record is needed")
+        if FORMATS[self.format].threads:
+            self.plant(sources)
         if not len(self.places):
             passed = f": passed over were {'; '.join(map(str, self.skipped.values()))}" if self.skipped else ""
             raise DataError(f"data: {path} is empty; at least one record is needed{passed}")
+
+    def plant(self, sources: "Sources") -> None:
+        """Examples of the rows that belong together."""
+        threads = self.forest.threads()
+        for root, thread in threads.items():
+            if not thread:
+                self.skip("questions without an answer", sources.where(root))
+        self.places.take([thread for thread in threads.values() if thread])
 
 
 @dataclass

@@ -9,10 +9,22 @@ from collections.abc import Iterator
 from hashlib import sha256
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from models.errors import DataError
 
-LONGEST = 2**30  # bytes of one record; beyond that a quote or a line end is missing
+Found = tuple[int, int, int, Any]  # a record's line, its first byte and the one behind it; its value or a ValueError
+
+LONGEST = 2**28  # bytes of one record; beyond that a quote or a line end is missing
+
+BINARY = {  # how files begin that are no text, and what to do with them
+    b"\xff\xfe": "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "is UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "is compressed by gzip; unpack it: gzip -d",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it: zstd -d",
+    b"PAR1": "is a Parquet file; write its rows as JSON lines",
+}
 
 
 class Stream:
@@ -24,10 +36,11 @@ class Stream:
         self.size = 0  # bytes read so far
         self.line = 1  # of the next piece
         self.decoder = codecs.getincrementaldecoder("utf-8")()
-        mark = file.peek(3)[:3]
-        if mark[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise DataError(f"data: {path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
-        if mark == codecs.BOM_UTF8:
+        beginning = file.peek(4)
+        for mark, advice in BINARY.items():
+            if beginning.startswith(mark):
+                raise DataError(f"data: {path} {advice}")
+        if beginning.startswith(codecs.BOM_UTF8):
             self.take(file.read(3))
 
     def lines(self) -> Iterator[tuple[int, int, str]]:

@@ -15,7 +15,7 @@ from train.data.tokenized import IGNORED, Tokenized
 
 LEARNED = ("black on green", "black on bright_green")
 CONTEXT = ("dim", "dim underline")
-NEAR = 6  # tokens before one that may change how it is decoded: a space in front of it, or bytes of a character
+UNKNOWN = "\ufffd"  # what the bytes of an unfinished character are decoded to
 
 
 def legend() -> Text:
@@ -46,11 +46,12 @@ def add(text: Text, ids: list[int], learned: list[bool], tokenizer: Tokenizer) -
 
 def pieces(ids: list[int], tokenizer: Tokenizer) -> Iterator[str]:
     """What each token adds to the text; together they are the text."""
-    for place in range(len(ids)):
-        start = max(0, place - NEAR)
-        before = tokenizer.decode(ids[start:place], skip_special=False).rstrip("\ufffd")
-        now = tokenizer.decode(ids[start : place + 1], skip_special=False)
-        if place + 1 < len(ids) and tokenizer.decode(ids[start : place + 2], skip_special=False).startswith(now):
-            yield now.removeprefix(before)
+    whole, start = 0, 0  # where the last whole characters end, and those before them begin
+    for place in range(1, len(ids) + 1):
+        # Decoded behind the token before, since that decides whether a space stands between.
+        before, now = (tokenizer.decode(ids[start:stop], skip_special=False) for stop in (whole, place))
+        if now.endswith(UNKNOWN) and place < len(ids):
+            yield ""
         else:
-            yield now.rstrip("\ufffd").removeprefix(before) if place + 1 < len(ids) else now.removeprefix(before)
+            yield now.removeprefix(before)
+            whole, start = place, whole
