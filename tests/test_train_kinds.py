@@ -50,7 +50,7 @@ def run(folder):
     """Make a run, once: its directory."""
 
     @lru_cache
-    def made(task, method="qlora", dtype="float32"):
+    def made(task, method, dtype):
         out = folder / f"{task} {method} {dtype}"
         flags = ("--dtype", dtype, *METHODS[method])
         assert qlora.main(arguments(folder, task, out, *flags, rate=RATES[method])) == 0
@@ -125,9 +125,9 @@ def test_accuracy_rises_where_classes_can_be_told_apart(folder, run, method, dty
 
 
 def test_numbers_are_learned_and_correlate(folder, run):
-    _, last = evaluations(run("regression"))
+    _, last = evaluations(run("regression", "qlora", "float32"))
     assert last["pearson"] > 0.9
-    model, tokenizer = used(run("regression"))
+    model, tokenizer = used(run("regression", "qlora", "float32"))
     texts = batch(tokenizer, folder / "regression.jsonl", "regression")
     values = model(texts["input_ids"], texts["attention_mask"])[:, 0]
     assert (values - texts["labels"]).abs().mean() < 0.4
@@ -164,7 +164,9 @@ def test_two_runs_of_one_seed_are_equal_also_where_the_head_is_new(folder, run, 
     for name, seed in (("same", "42"), ("other", "1")):
         flags = ("--dtype", "float32", "--seed", seed)
         assert qlora.main(arguments(folder, "classification", tmp_path / name, *flags)) == 0
-    metrics = [(out / "metrics.jsonl").read_bytes() for out in (tmp_path / "same", run("classification"))]
+    metrics = [
+        (out / "metrics.jsonl").read_bytes() for out in (tmp_path / "same", run("classification", "qlora", "float32"))
+    ]
     assert metrics[0] == metrics[1] != (tmp_path / "other" / "metrics.jsonl").read_bytes()
 
 
@@ -231,7 +233,7 @@ def test_there_is_nothing_to_merge_or_take_off_where_every_weight_was_trained(ru
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_a_run_that_labels_texts_is_merged_and_its_adapter_exported(folder, run, tmp_path, capsys, task):
-    out = run(task)
+    out = run(task, "qlora", "float32")
     told(capsys, "merge", out, tmp_path / "merged", "--dtype", "float16", "--json")
     merged, (model, tokenizer) = models.load(tmp_path / "merged", dtype=torch.float32), used(out)
     assert merged.config.labels == model.config.labels
