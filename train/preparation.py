@@ -27,6 +27,7 @@ from train.loop import TrainResult, train
 from train.recipe import RunConfig
 from train.run import Run
 from train.seed import seed_everything
+from train.snapshot import room
 from train.task import plan
 
 
@@ -78,7 +79,7 @@ class Finetuning:
             batch_tokens=config.batch_tokens,
             row_tokens=data.max_len if data.pack else None,
         )
-        with self.run:
+        with self.run, room(self.run):
             result = train(
                 self.model,
                 batches,
@@ -139,7 +140,7 @@ def create(config: RunConfig, data: Dataset, tokenizer: Tokenizer, device: torch
     """A new directory, with what is trained on in it."""
     hashes, base = {data.manifest["file"]: data.manifest["sha256"]}, fingerprint(config.model)
     run = Run.create(config.directory(), config, overwrite=config.overwrite, device=device, data=hashes, base=base)
-    with run:
+    with run, room(run):
         run.write_data(data.manifest, preview(data.train, tokenizer))
     return run
 
