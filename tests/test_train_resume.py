@@ -204,12 +204,14 @@ def test_sigterm_saves_a_whole_checkpoint_and_touching_save_saves_at_once(comman
 
 def test_a_second_signal_leaves_at_once_with_the_last_checkpoint_intact(command, folder):
     out = folder / "twice"
-    data = tiny.records(folder / "many.jsonl", 150)  # so that a step takes long
-    process = started(command, out, "--save-steps", "1", "--accumulation", "150", "--data.path", str(data))
+    data = tiny.records(folder / "many.jsonl", 60)  # so that a step takes long
+    process = started(
+        command, out, "--save-steps", "1", "--accumulation", "60", "--batch-size", "1", "--data.path", str(data)
+    )
     try:
         wait_for(lambda: (out / "checkpoints" / "step-000001").exists())
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 143
     finally:
