@@ -36,7 +36,8 @@ class Killer:
         """Run a command line to its end or to its death.
 
         after: seconds until it is killed. at: the operation on files that it does not live to make; only those on
-        paths below `within` count. limit: bytes that a file may have. fail: as `at`, but the operation fails.
+        paths below `within` count. limit: bytes that a file may have. fail: the first of those that need
+        room which finds none, as all that follow do.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -127,8 +128,8 @@ def count_operations(order: dict[str, Any], counted: int) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in EVENTS and arguments and isinstance(arguments[0], str | bytes | os.PathLike):
             path = os.fsdecode(arguments[0])
-            changes = event != "open" or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            if path.startswith(order["within"]) and ("fail" not in order or changes):
+            fills = event in ("os.mkdir", "os.rename") or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+            if path.startswith(order["within"]) and ("fail" not in order or fills):
                 meet(f"{event}:{path.removeprefix(order['within'])}")
 
     fsync = os.fsync

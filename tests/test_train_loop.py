@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import train.loop as train_loop
 from models.errors import ConfigError, DataError, NonFiniteError
+from train.checkpoint import checkpoints
 from train.data.batches import Batch
 from train.interrupt import Interrupt
 from train.loop import BatchSource, LoopConfig, train
@@ -21,6 +23,7 @@ from train.optimizer import OptimizerConfig
 from train.progress import Progress
 from train.run import Run, read_metrics
 from train.seed import seed_everything
+from train.snapshot import newest_snapshot
 from train.step import update
 
 VOCABULARY, WIDTH, RANK, LENGTH = 11, 8, 2, 6
@@ -310,6 +313,8 @@ def test_an_epoch_takes_every_micro_batch_once_and_a_step_never_spans_two(tmp_pa
         ({"epochs": 1.0, "batch_size": -1}, "batch_size must be at least 1, not -1"),
         ({"epochs": 1.0, "eval_steps": 0}, "eval_steps must be at least 1, not 0"),
         ({"epochs": 1.0, "log_every": 0}, "log_every must be at least 1, not 0"),
+        ({"epochs": 1.0, "save_steps": -1}, "save_steps must be at least 0, not -1"),
+        ({"epochs": 1.0, "keep_checkpoints": 0}, "keep_checkpoints must be at least 1, not 0"),
     ],
 )
 def test_an_impossible_length_or_size_is_refused(fields, says):
@@ -415,7 +420,7 @@ class Signals(Toy):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_says_so(tmp_path, number):
+def test_a_signal_finishes_the_step_saves_it_and_says_so(tmp_path, number):
     before = signal.getsignal(number)
     model = Signals(calls=[7])  # the second micro-batch of the second step, after one held-out batch
     model.number = number
@@ -424,6 +429,7 @@ def test_a_signal_finishes_the_step_and_says_so(tmp_path, number):
     assert [line["step"] for line in train_lines(run)] == [1, 2]
     assert text(run, "STATUS") == "interrupted@2\n"
     assert signal.getsignal(number) is before
+    assert [place.name for place in checkpoints(run.checkpoints)] == ["step-000002"]
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -434,6 +440,15 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_second_sigterm_ends_the_process_with_its_code(tmp_path):
+    model = Signals(calls=[6, 7])
+    model.number = signal.SIGTERM
+    with pytest.raises(SystemExit) as stop:
+        a_run(tmp_path, model=model)
+    assert stop.value.code == 143
+    assert text(Run(tmp_path / "run"), "STATUS") == "interrupted@1\n"
+
+
 def test_a_thread_trains_without_touching_the_signals(tmp_path):
     with Interrupt() as outer:
         done = []
@@ -442,6 +457,64 @@ def test_a_thread_trains_without_touching_the_signals(tmp_path):
         thread.join()
         assert signal.getsignal(signal.SIGINT) == outer.note
     assert done == ["done"]
+
+
+# Going on
+
+
+def go_on(run, model, config, **options):
+    begin = newest_snapshot(run, print)
+    batches = options.pop("batches", Rows(ROWS))
+    return train(model, batches, config, run, seed=1, begin=begin, save=save, restore=restore, quiet=True, **options)
+
+
+@pytest.mark.parametrize("at", range(10))
+def test_a_run_that_went_on_ends_as_one_that_was_never_stopped(tmp_path, monkeypatch, at):
+    """Stopped by a signal in any micro-batch of its first steps, of which the epoch's last has fewer."""
+    monkeypatch.setattr(train_loop, "plot_runs", lambda runs, target: [])  # most of the time
+    config = replace(CONFIG, eval_steps=2)
+    seed_everything(1)
+    expected, whole, model = a_run(tmp_path, config, "whole", Toy(dropout=0.3), held_out=ROWS[:3])
+    seed_everything(1)
+    stopped = Signals(calls=[1 + at])
+    stopped.dropout.p = 0.3
+    result, run, _ = a_run(tmp_path, config, "stopped", stopped, held_out=ROWS[:3])
+    assert result.status == "interrupted"
+    seed_everything(99)
+    fresh = Toy(dropout=0.3)
+    frozen = {name: value for name, value in model.state_dict().items() if "lora" not in name}
+    fresh.load_state_dict(frozen, strict=False)
+    result = go_on(run, fresh, config, eval_fn=lambda step: evaluated(fresh, ROWS[:3]))
+    assert (result.status, result.evaluations, result.loss) == ("done", expected.evaluations, expected.loss)
+    assert result.state == expected.state
+    assert text(run, "metrics.jsonl") == text(whole, "metrics.jsonl")
+    assert torch.equal(fresh.lora_a, model.lora_a)
+    assert torch.equal(fresh.lora_b, model.lora_b)
+
+
+def test_checkpoints_come_every_so_many_steps_at_the_end_and_when_asked(tmp_path):
+    class Asks(Toy):
+        calls = 0
+
+        def loss(self, input_ids, attention_mask, labels):
+            self.calls += 1
+            if self.calls == 1:
+                (tmp_path / "run" / "save").touch()
+            return super().loss(input_ids, attention_mask, labels)
+
+    _, run, _ = a_run(tmp_path, replace(CONFIG, max_steps=7, save_steps=3, keep_checkpoints=9), model=Asks())
+    assert [place.name[-1] for place in checkpoints(run.checkpoints)] == ["7", "6", "3", "1"]
+    assert not (run.directory / "save").exists()
+    _, run, _ = a_run(tmp_path, replace(CONFIG, save_steps=0), "last")
+    assert [place.name[-1] for place in checkpoints(run.checkpoints)] == ["5"]
+
+
+def test_fewer_steps_than_were_made_are_refused_and_nothing_is_cut(tmp_path):
+    _, run, model = a_run(tmp_path)
+    before = text(run, "metrics.jsonl")
+    with pytest.raises(ConfigError, match="has made 5 steps already, which is more than the 3 that are asked for"):
+        go_on(run, model, replace(CONFIG, max_steps=3))
+    assert text(run, "metrics.jsonl") == before
 
 
 # What a person sees

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import CheckpointError
-from train.files import TEMPORARY, sync_file, write_whole
+from train.files import sync_file, write_whole
 
 MANIFEST = "MANIFEST.json"
 ASIDE = ".tmp-"
@@ -145,11 +145,12 @@ def discard(directory: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what writers that were killed have left beside the checkpoints."""
-    for path in folder.glob(f"{ASIDE}*"):
-        shutil.rmtree(path)
-    for path in folder.glob(TEMPORARY):
-        path.unlink()
+    """Remove what writers that were killed have left beside the checkpoints: whatever is hidden there."""
+    for path in folder.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def sha256_of(path: Path) -> str:

@@ -29,7 +29,7 @@ from train.progress import Progress
 from train.run import Run, read_metrics
 from train.schedule import learning_rate
 from train.seed import seed_step
-from train.snapshot import Snapshot, full, save_snapshot, unwritable
+from train.snapshot import Snapshot, room, save_snapshot
 from train.spikes import Spikes
 from train.state import LoopState
 from train.step import BrokenStep, dry_step, update
@@ -64,8 +64,8 @@ class LoopConfig:
     """How often to go through the data; give this or max_steps."""
     eval_steps: int | None = None
     """Held-out loss every so many steps; before the first and after the last step in any case."""
-    save_steps: int | None = 250
-    """A checkpoint every so many steps; after the last step, on Ctrl-C and on `touch RUN/save` in any case."""
+    save_steps: int = 250
+    """A checkpoint every so many steps, 0 for never; after the last step, on Ctrl-C and on `touch RUN/save` always."""
     keep_checkpoints: int = 3
     """How many of them stay."""
     dry_step: bool = True
@@ -77,10 +77,12 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "batch_tokens", "accumulation", "max_steps", "log_every")
-        for name in (*counts, "eval_steps", "save_steps", "keep_checkpoints"):
+        for name in (*counts, "eval_steps", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.save_steps < 0:
+            raise ValueError(f"save_steps must be at least 0, not {self.save_steps}")
         if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
             raise ValueError(f"epochs must be above 0, not {self.epochs}")
         if (self.max_steps is None) == (self.epochs is None):
@@ -133,7 +135,7 @@ def train(
     a checkpoint made and its STATUS set. `save` and `restore` are what a checkpoint does with the weights.
     """
     started = time.perf_counter()
-    with run, ExitStack() as stack:
+    with run, room(run), ExitStack() as stack:
         parameters = trainable(model)
         device = next(iter(parameters.values())).device
         total = total_steps(config, batches)
@@ -212,9 +214,7 @@ def train(
                 run.status(f"interrupted@{state.step}")
             draw()
         except Exception as error:
-            if full(error):
-                raise unwritable(run, f"after step {state.step} {run.directory} takes no more: {error}") from error
-            if not isinstance(error, WriteError):
+            if not isinstance(error, (OSError, WriteError)):
                 draw()
             raise
         state_bytes, managed_bytes = optimizer.state_bytes, optimizer.managed_bytes
@@ -255,7 +255,7 @@ def evaluation_due(state: LoopState, config: LoopConfig, total: int) -> bool:
 
 
 def checkpoint_due(state: LoopState, config: LoopConfig, total: int) -> bool:
-    regular = config.save_steps is not None and state.step > 0 and state.step % config.save_steps == 0
+    regular = config.save_steps > 0 and state.step > 0 and state.step % config.save_steps == 0
     return regular or state.step >= total
 
 

@@ -28,6 +28,7 @@ from train.recipe import RunConfig
 from train.run import Run
 from train.samples import sampler
 from train.seed import seed_everything
+from train.snapshot import room
 from train.task import plan
 from train.tensorboard import check_installed, tensorboard
 
@@ -81,7 +82,8 @@ class Finetuning:
             row_tokens=data.max_len if data.pack else None,
         )
         begin = how.get("begin")
-        with self.run, tensorboard(self.run, begin.state.step if begin else 0, on=config.tensorboard):
+        start = begin.state.step if begin else 0
+        with self.run, room(self.run), tensorboard(self.run, start, on=config.tensorboard):
             result = train(
                 self.model,
                 batches,
@@ -147,7 +149,7 @@ def create(config: RunConfig, data: Dataset, tokenizer: Tokenizer, device: torch
     """A new directory, with what is trained on in it."""
     hashes, base = {data.manifest["file"]: data.manifest["sha256"]}, fingerprint(config.model)
     run = Run.create(config.directory(), config, overwrite=config.overwrite, device=device, data=hashes, base=base)
-    with run:
+    with run, room(run):
         run.write_data(data.manifest, preview(data.train, tokenizer))
     return run
 

@@ -5,6 +5,7 @@ begun from, which must still be the same. Only the length of the run and the dev
 killed before its first checkpoint begins again.
 """
 
+import shutil
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -90,10 +91,13 @@ def settings(run: Run, options: ResumeOptions) -> RunConfig:
 
 
 def remove_leftovers(run: Run) -> None:
-    """Remove what writers of small files that were killed have left."""
-    for folder in (run.directory, run.directory / "data", run.directory / "eval"):
-        for path in folder.glob(TEMPORARY):
-            path.unlink()
+    """Remove what writers that were killed have left; those of checkpoints go with the next one."""
+    for folder in (run.directory, *(run.directory / name for name in ("data", "eval", "adapter"))):
+        for pattern in (TEMPORARY, ".*.partial"):
+            for path in folder.glob(pattern):
+                path.unlink()
+    for path in run.directory.glob(".model.partial-*"):
+        shutil.rmtree(path)
 
 
 def is_done(run: Run, begin: Snapshot, options: ResumeOptions) -> bool:

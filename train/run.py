@@ -55,6 +55,8 @@ class Run:
         self.held: int | None = None
         """The lock on the directory, while this process has it."""
         self.depth = 0
+        self.told: BaseException | None = None
+        """The error that STATUS and log.txt tell of already."""
         self.listeners: list[Callable[[str, Mapping[str, Any]], None]] = []
         """Called with a journal's name and each record that is appended to it."""
 
@@ -227,7 +229,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
+        if error is not None and error is not self.told:
+            self.told = error
             self.tell_of(error)
         self.leave()
 

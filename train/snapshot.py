@@ -10,7 +10,8 @@ all of it came from: the run's settings, and the hashes of its data and its base
 import errno
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,9 +147,20 @@ def unwritable(run: Run, what: str) -> WriteError:
     )
 
 
-def full(error: BaseException) -> bool:
+@contextmanager
+def room(run: Run) -> Iterator[None]:
+    """Around what writes into a run's directory: if there is no room left, say so in one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not full(error):
+            raise
+        raise unwritable(run, f"{run.directory} takes no more after step {run.step}: {error}") from error
+
+
+def full(error: OSError | SafetensorError) -> bool:
     """Whether an error says that a disk, a quota or the size of a file is used up; safetensors only words it."""
     if isinstance(error, SafetensorError):
         found = re.search(r"os error (\d+)", str(error))
         return found is not None and int(found[1]) in FULL
-    return isinstance(error, OSError) and error.errno in FULL
+    return error.errno in FULL
