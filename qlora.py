@@ -23,6 +23,7 @@ VERBS = {
     "doctor": Verb("train.doctor", "DoctorOptions", "command", "what this machine has, with a self-test"),
     "quantize": Verb("models.quantize", "QuantizeOptions", "command", "raw checkpoint to NF4 safetensors"),
     "inspect": Verb("models.inspection", "InspectOptions", "command", "what a checkpoint, an adapter or a run is"),
+    "estimate": Verb("train.planner.command", "EstimateOptions", "command", "memory plan: every byte, and what fits"),
     "train": Verb("train.finetune", "TrainOptions", "command", "fine-tune adapters on a quantized base"),
     "export": Verb("models.export", "ExportOptions", "command", "adapter, 4-bit checkpoint or GGUF for other tools"),
     "generate": Verb("models.writing", "GenerateOptions", "generate_command", "write on from a prompt"),
