@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    import torch
     from rich.console import Console
 
     from models.errors import Refusal
     from train.config import parse
+    from train.planner.advice import is_out_of_memory
 
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
@@ -67,8 +67,12 @@ def run(name: str, arguments: list[str]) -> int:
         if refusal.report is not None and "--json" in arguments:
             print(json.dumps(refusal.report))
         return refusal.exit_code
-    except torch.OutOfMemoryError as error:
-        print(f"qlora {name}: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"qlora {name}: out of memory: {(str(error) or 'none is left').splitlines()[0]}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"qlora {name}: {note}", file=sys.stderr)
         return 5
     except KeyboardInterrupt:
         print(f"qlora {name}: interrupted", file=sys.stderr)

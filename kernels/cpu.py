@@ -5,7 +5,6 @@ products may be taken in another order. What C does not take (codes of 2, 3 or 8
 `accepts_...` to say.
 """
 
-import ctypes
 import math
 from dataclasses import dataclass
 from functools import lru_cache

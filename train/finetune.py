@@ -17,6 +17,7 @@ from models.tokenizer import Tokenizer, load_tokenizer
 from train.data import Dataset, load_data, padding_id, preview
 from train.data.batches import Batches
 from train.loop import TrainResult, train
+from train.planner.advice import advised
 from train.recipe import RunConfig
 from train.run import Run
 from train.seed import seed_everything
@@ -108,7 +109,8 @@ def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
         f"{manifest['label_share']:.0%} of {manifest['tokens']:,} tokens are learned"
     )
     console.print(statement(parts_in_memory(finetuning.model)))
-    result = finetuning.train()
+    with advised(options, manifest["longest"]):
+        result = finetuning.train()
     directory = str(finetuning.run.directory)
     for evaluation in (result.evaluations[0], result.evaluations[-1]) if result.evaluations else ():
         console.print(f"held-out loss {evaluation['loss']:.4f} after step {evaluation['step']:.0f}")

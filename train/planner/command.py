@@ -1,4 +1,4 @@
-"""`qlora estimate`: where every byte of a training step would be, whether that fits a GPU, and what would make it fit."""
+"""`qlora estimate`: where every byte of a training step would be, if that fits a GPU, and what would make it."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +10,7 @@ from models.device import pick_device, pick_dtype
 from models.precision import TABLES
 from nf4 import QuantConfig
 from train.optimizer import OptimizerConfig
-from train.planner.gpus import CONTEXT, FRAGMENTS, GIB, MIB, Gpu, gpu
+from train.planner.gpus import GIB, MIB, Gpu, gpu
 from train.planner.jobs import job_of
 from train.planner.paper import DIFFERENCES, FIGURE_6, base_parameters, compared, paper_plans
 from train.planner.plan import LABELS, STATES, Plan, plan
@@ -52,7 +52,7 @@ class EstimateOptions:
     """How the base is stored."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The adapters."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(name="paged-adamw"))
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How they are moved; here only the kind of states counts."""
     paper: bool = False
     """Put Figure 6 of the QLoRA paper beside our count of the four LLaMA models."""
@@ -108,15 +108,15 @@ def table(planned: Plan, card: Gpu | None, name: str) -> Any:
     made.add_row("model and adapters", f"{planned.base.parameters:,}", "", mib(stored))
     for label, text in LABELS.items():
         if label in shown and label not in base_labels():
-            paged = ", which can be paged out" if label == STATES and planned.managed else ""
+            paged = " (pageable)" if label == STATES and planned.managed else ""
             made.add_row(text + paged, "", "", mib(shown[label]))
     made.add_section()
-    made.add_row(f"tensors at the fullest moment, {planned.moment}", "", "", mib(planned.total))
+    made.add_row(f"all tensors {planned.moment}", "", "", mib(planned.total))
     if planned.managed:
-        made.add_row("of which must be on the device", "", "", mib(planned.needed))
+        made.add_row("what cannot be paged out", "", "", mib(planned.needed))
     if card is not None:
         own = card.takes(planned.needed) - planned.needed
-        made.add_row(f"context, workspaces and fragments of {card.name}", "", "", mib(own))
+        made.add_row("CUDA context and fragments", "", "", mib(own))
     return made
 
 
@@ -133,7 +133,12 @@ def judged(planned: Plan, card: Gpu, console: "Console") -> Result:
     """Whether a plan fits, and if not, what would make it."""
     size = f"{card.nbytes / GIB:.0f} GiB of {card.name}" if not card.name.endswith("GB") else card.name
     takes = card.takes(planned.needed)
-    result: Result = {"gpu": card.name, "gpu_bytes": card.nbytes, "takes_bytes": takes, "fits": card.fits(planned.needed)}
+    result: Result = {
+        "gpu": card.name,
+        "gpu_bytes": card.nbytes,
+        "takes_bytes": takes,
+        "fits": card.fits(planned.needed),
+    }
     if result["fits"]:
         states = planned.total - planned.needed
         whole = card.fits(planned.total)
@@ -226,7 +231,5 @@ def show_paper(console: "Console") -> Result:
     without_dq = card.fits(plain["llama-65b"].total)
     verdict = "fits" if fits["llama-65b"] else "does not fit"
     paged = "" if without_dq else " only with some states paged out" if card.fits(plain["llama-65b"].needed) else " not"
-    console.print(
-        f"llama-65b {verdict} one GPU of 48 GB, states and all; without double quantization it fits{paged}"
-    )
+    console.print(f"llama-65b {verdict} one GPU of 48 GB, states and all; without double quantization it does{paged}")
     return {"rows": rows, "fits_48GB": fits, "fits_48GB_without_double_quantization": without_dq}

@@ -1,6 +1,6 @@
 """How much memory a GPU has, by its name or by a number.
 
-Sizes are what vendors print, which are GiB. Of these a process cannot have all: the CUDA context takes some hundred MiB,
+Sizes are what vendors print, which are GiB. A process cannot have all of it: the CUDA context takes some hundred MiB,
 and torch's allocator keeps its blocks in pieces that are not always of use.
 """
 

@@ -47,7 +47,7 @@ def peak_of_tensors(job: Job, device: torch.device) -> int:
     now = peak = 0
     for event in events:
         if event.name() == "[memory]":
-            now += event.nbytes()
+            now += event.nbytes()  # pyrefly: ignore[missing-attribute]
             if event.start_ns() >= start:
                 peak = max(peak, now)
     return peak

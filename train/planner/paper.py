@@ -50,13 +50,13 @@ def compared(plans: dict[str, Plan]) -> list[dict[str, float | str]]:
                 "paper_total": theirs.total,
                 "total": round(ours.total / GIB, 2),
                 "paper_model": theirs.model,
-                "weights": round((ours.base.nbytes - sum(adapters.nbytes.values())) / MIB, 1),
+                "weights": round((ours.base.nbytes - sum(adapters.nbytes.values())) / MIB, 2),
                 "paper_adapters": theirs.adapters,
-                "adapters": round(sum(adapters.nbytes.values()) / MIB, 1),
-                "adapters_16_bit": round(2 * adapters.parameters / MIB, 1),
+                "adapters": round(sum(adapters.nbytes.values()) / MIB, 2),
+                "adapters_16_bit": round(2 * adapters.parameters / MIB, 2),
                 "paper_optimizer": theirs.optimizer,
-                "optimizer": round(ours.parts[STATES] / MIB, 1),
-                "activations": round(ours.parts[KEPT] / MIB, 1),
+                "optimizer": round(ours.parts[STATES] / MIB, 2),
+                "activations": round(ours.parts[KEPT] / MIB, 2),
                 "full_16_bit_GB": round(BYTES_OF_FULL_16_BIT * base_parameters(ours) / 1e9, 1),
             }
         )

@@ -20,7 +20,7 @@ from kernels import dense
 from kernels.planned import in_backward
 from models.linear import NF4Linear
 from models.model import Stack
-from models.precision import ADAPTERS, Parts, parts_in_memory, part_of
+from models.precision import ADAPTERS, Parts, part_of, parts_in_memory
 from train.optimizer import PAGED
 from train.planner.layers import layers_of, with_layers
 from train.planner.ledger import KEPT, WORK, Ledger, Segment
@@ -212,7 +212,7 @@ def line(one: int, other: int, more: int) -> int:
 def described(segment: Segment) -> str:
     """A segment in words."""
     if segment == ("update",):
-        return "in the optimizer's update"
+        return "in the update"
     if len(segment) < 3:
         return "before the first block"
     kind, _, place = segment

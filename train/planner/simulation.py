@@ -114,7 +114,9 @@ def computed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if func is aten._local_scalar_dense.default and args[0].is_meta:
         return {torch.bool: False}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
     if func is aten._to_copy.default and device is not None:
-        if args[0].is_meta or (torch.device(device).type == "meta" and not args[0].is_floating_point()):
+        onto_meta = torch.device(device).type == "meta"
+        stays = args[0].is_meta or (onto_meta and not args[0].is_floating_point())
+        if stays:
             kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
     given = list(tensors(args)) + list(tensors(kwargs.values()))
     if not any(t.is_meta for t in given):
@@ -219,11 +221,13 @@ def chosen_on_cpu(
 ) -> str:
     """The way that torch itself takes for tensors of these shapes, which nobody fills."""
     with torch._C._DisableTorchDispatch():
-        like = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad) for t in (q, k, v)]
+        q, k, v = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad) for t in (q, k, v)
+        ]
         bias = None
         if mask is not None:
             bias = torch.empty_strided(mask.shape, mask.stride(), dtype=mask.dtype, requires_grad=mask.requires_grad)
-        choice = torch._fused_sdp_choice(*like, bias, dropout_p, is_causal, enable_gqa=enable_gqa)
+        choice = torch._fused_sdp_choice(q, k, v, bias, dropout_p, is_causal, enable_gqa=enable_gqa)
     return "flash" if choice == 1 else "math"
 
 

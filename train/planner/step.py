@@ -88,7 +88,9 @@ def prepared(job: Job, device: torch.device) -> Stepper:
     model.gradient_checkpointing = job.gradient_checkpointing
     model.train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return Stepper(model, parameters, make_optimizer(parameters, job.optimizer), batch_for(model, job), job.lora is not None)
+    return Stepper(
+        model, parameters, make_optimizer(parameters, job.optimizer), batch_for(model, job), job.lora is not None
+    )
 
 
 def steps_taken(stepper: Stepper, accumulation: int, between: Callable[[], None] = lambda: None) -> None:
@@ -106,14 +108,14 @@ def assembled(job: Job, device: torch.device) -> Model:
     linears = linear_weights(model)
     generator = None if device.type == "meta" else torch.Generator().manual_seed(0)
     for name, shape in {name: p.shape for name, p in model.named_parameters()}.items():
-        stored = job.quant is not None and name in linears and not linears[name].in_head
-        if stored and device.type == "meta":
-            place(model, name, coded(shape, job.dtype, job.quant))
+        quant = job.quant if name in linears and not linears[name].in_head else None
+        if quant is not None and device.type == "meta":
+            place(model, name, coded(shape, job.dtype, quant))
             continue
         weight = torch.empty(shape, dtype=job.dtype, device=device)
         if generator is not None:
             weight.copy_(torch.ones(()) if "norm" in name.lower() else torch.randn(shape, generator=generator) * 0.02)
-        place(model, name, kernels.quantize(weight, job.quant) if stored else weight)
+        place(model, name, weight if quant is None else kernels.quantize(weight, quant))
     return model
 
 
@@ -128,9 +130,8 @@ def without_notes() -> Iterator[None]:
         log.disabled = before
 
 
-def coded(shape: torch.Size, dtype: torch.dtype, config: QuantConfig | None) -> QuantizedTensor:
+def coded(shape: torch.Size, dtype: torch.dtype, config: QuantConfig) -> QuantizedTensor:
     """A stored weight without memory. (`check_sizes` refuses sizes that are not those of the format.)"""
-    assert config is not None
     n = shape.numel()
     blocks = -(-n // config.block_size)
 
@@ -148,7 +149,7 @@ def batch_for(model: Model, job: Job) -> Batch:
     """A full batch of which everything is learned: the most that a batch of this size can take."""
     B, T = job.batch_size, job.max_len
     most = model.max_tokens
-    if most is not None and T > most:
+    if most is not None and most < T:
         raise ConfigError(f"max_len is {T}, but the model knows {most} positions; set it to {most} or less")
     ids = torch.full((B, T), min(PADDED + 1, model.embedding.num_embeddings - 1))
     mask = torch.ones_like(ids)
