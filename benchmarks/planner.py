@@ -1,8 +1,8 @@
 """The memory planner held against what a step really takes: predicted and measured bytes of tensors, side by side.
 
 `python -m benchmarks.planner [--device cpu|cuda] [--out FILE]` takes two steps of each configuration with random
-weights. On a CPU every allocation of torch is counted, as its profiler records them; on a GPU it is torch's own count of its
-memory, in which managed memory is not. A ratio further than 5 % from 1 is a failure.
+weights. On a CPU every allocation of torch is counted, as its profiler records them; on a GPU it is torch's own count
+of its memory, in which managed memory is not. A ratio further than 5 % from 1 is a failure.
 """
 
 import argparse
