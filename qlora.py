@@ -24,6 +24,7 @@ VERBS = {
     "quantize": Verb("models.quantize", "QuantizeOptions", "command", "raw checkpoint to NF4 safetensors"),
     "inspect": Verb("models.inspection", "InspectOptions", "command", "what a checkpoint, an adapter or a run is"),
     "data": Verb("train.data.check", "DataOptions", "command", "check or preview a data file as training sees it"),
+    "estimate": Verb("train.planner.command", "EstimateOptions", "command", "memory plan: every byte, and what fits"),
     "train": Verb("train.finetune", "TrainOptions", "command", "fine-tune adapters on a quantized base"),
     "resume": Verb("train.resume", "ResumeOptions", "command", "go on with a run that was killed or interrupted"),
     "export": Verb("models.export", "ExportOptions", "command", "adapter, 4-bit checkpoint or GGUF for other tools"),
@@ -55,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    import torch
     from rich.console import Console
 
     from models.errors import Refusal
     from train.config import parse
+    from train.planner.advice import is_out_of_memory
 
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
@@ -72,8 +73,12 @@ def run(name: str, arguments: list[str]) -> int:
         if refusal.report is not None and "--json" in arguments:
             print(json.dumps(refusal.report))
         return refusal.exit_code
-    except torch.OutOfMemoryError as error:
-        print(f"qlora {name}: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"qlora {name}: out of memory: {(str(error) or 'none is left').splitlines()[0]}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(f"qlora {name}: {note}", file=sys.stderr)
         return 5
     except KeyboardInterrupt:
         print(f"qlora {name}: interrupted", file=sys.stderr)

@@ -35,7 +35,7 @@ class BenchOptions:
     """Measure this machine, against bitsandbytes where that is installed and against dense weights."""
 
     name: Positional[str]
-    """What to measure: kernels, training or memory."""
+    """What to measure: kernels, training, memory or planner."""
     device: str = "auto"
     """Where to measure."""
     repeats: int = 7
@@ -143,10 +143,21 @@ def bench_memory(options: BenchOptions, console: "Console") -> Result:
     return {"rows": rows, "updates": times, "setting": training.described(setting)}
 
 
+def bench_planner(options: BenchOptions, console: "Console") -> Result:
+    """What the memory planner says beside what steps really take."""
+    from benchmarks import planner
+
+    rows = planner.measure(str(pick_device(options.device)))
+    in_mib = [{f"{name}_MiB": row[f"{name}_bytes"] / 2**20 for name in ("predicted", "measured")} | row for row in rows]
+    show(console, [row["case"] for row in rows], in_mib, ["predicted_MiB", "measured_MiB", "ratio"])
+    return {"rows": rows, "failures": planner.failures(rows)}
+
+
 BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result]] = {
     "kernels": bench_kernels,
     "training": bench_training,
     "memory": bench_memory,
+    "planner": bench_planner,
 }
 
 

@@ -1,9 +1,10 @@
 """Everything that wants measuring on a GPU lent for an hour, by one command that needs little installed.
 
 `python -m benchmarks.device_run --out DIR [--commit HASH]` checks every operator against float64, then measures
-`kernels`, `training`, `memory`, `updates` and, on a GPU, what paging does, and writes one JSON file each into DIR. A
-part that fails leaves its traceback in its file and the next one starts all the same; the exit code then is 1. It works
-on a CPU too, for testing it: `--quick` takes sizes of no interest.
+`kernels`, `training`, `memory`, `updates`, `planner` (what is planned beside what is measured) and, on a GPU, what
+paging does, and writes one JSON file each into DIR. A part that fails leaves its traceback in its file and the next one
+starts all the same; the exit code then is 1. It works on a CPU too, for testing it: `--quick` takes sizes of no
+interest.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import correctness, kernels, memory, paged, training, updates
+from benchmarks import correctness, kernels, memory, paged, planner, training, updates
 from benchmarks.provenance import provenance
 
 QUICK_SHAPES = ((3, 64, 128),)
@@ -60,6 +61,10 @@ def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict
         rows = correctness.check(device, shapes)
         return {"rows": rows, "failures": correctness.failures(rows)}
 
+    def planned() -> dict[str, Any]:
+        rows = planner.measure(device, planner.QUICK if quick else planner.JOBS)
+        return {"rows": rows, "failures": planner.failures(rows)}
+
     return {
         "correctness": checked,
         "kernels": lambda: {"rows": kernels.measure(device, sizes, repeats, tokens, lora_tokens), "failures": []},
@@ -73,6 +78,7 @@ def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict
             "failures": [],
         },
         "memory": lambda: {"rows": memory.measure(setting), "failures": []},
+        "planner": planned,
         **({"paged": lambda: paged.measure(device, repeats)} if device == "cuda" else {}),
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.dispatch import form
 from kernels.layers import like
+from kernels.planned import kind_of
 from kernels.reference import check_attention
 
 
@@ -22,7 +23,7 @@ def attention(q: Float[Tensor, "..."], k: Float[Tensor, "..."], v: Float[Tensor,
     k and v are (B, K, T, C): every H / K query heads share one of keys and values.
     """
     check_attention(q, k, v)
-    if q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16:
+    if kind_of(q.device) == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16:
         return attention_op(q, k, v)[0]
     return reference.attention(q, k, v)
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kernels.planned import kind_of
 from kernels.reference import check_targets, wide
 
 # Logits held at once. On a CPU a product of 256 tokens is as fast as one of all (vocabulary 49152, measured); a GPU
@@ -58,7 +59,7 @@ def linear_cross_entropy(
 
 def chunk_size(V: int, element_size: int, device: torch.device) -> int:
     """Tokens per chunk: a multiple of 16, and 16 at least."""
-    rows = CHUNK_BYTES.get(device.type, CHUNK_BYTES_ELSEWHERE) // max(V * element_size, 1)
+    rows = CHUNK_BYTES.get(kind_of(device), CHUNK_BYTES_ELSEWHERE) // max(V * element_size, 1)
     return max(rows // 16 * 16, 16)
 
 

@@ -5,7 +5,6 @@ products may be taken in another order. What C does not take (codes of 2, 3 or 8
 `accepts_...` to say.
 """
 
-import ctypes
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu_build import Codebook, Scales, library
+from kernels.planned import Unrun, stand
 from nf4 import QuantConfig, QuantizedTensor
 from nf4.blockwise import Steps, check_out, check_sizes, quantize_by
 from nf4.codebook import ascending, code_bits, levels_of, zero_code
@@ -60,7 +60,7 @@ def dequantize(
     """The weight that is stored: level times scale in float32, then one rounding to `dtype`."""
     check_sizes(q)
     if out is None:
-        out = torch.empty(q.shape, dtype=dtype or q.dtype)
+        out = torch.empty(q.shape, dtype=dtype or q.dtype, device=q.device)
         loaded().prefer_huge_pages(out.data_ptr(), out.nbytes)
     check_out(q, dtype, out)
     if not out.is_contiguous():
@@ -95,7 +95,7 @@ def matmul(
     narrow = x.dtype == torch.bfloat16 and c.multiplies_bf16()
     tokens = (x if narrow else x.float()).contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty(M, N, dtype=x.dtype)
+    y = x.new_empty(M, N)
     packed, levels, scales = q.packed.contiguous(), tables(q.config.codebook).levels, StoredScales.of(q)
     failed = c.multiply(
         tokens.data_ptr(), packed.data_ptr(), scales.c, levels.data_ptr(), pointer(bias), y.data_ptr(),
@@ -252,10 +252,11 @@ class StoredScales:
         return cls(Scales(None, *(t.data_ptr() for t in kept), q.config.nested_block_size), kept)
 
 
-def loaded() -> ctypes.CDLL:
+def loaded() -> Any:
+    """The library in C, which runs nothing while a step is only planned."""
     found = library()
     assert found is not None  # `accepts_...` has said so
-    return found
+    return found if stand.kind is None else Unrun(found)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

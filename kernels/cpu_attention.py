@@ -26,7 +26,7 @@ def attention(
     """softmax(q k^T / sqrt(C)) v over the tokens up to each query, and the logarithm of the softmax's sum."""
     B, H, T, C = q.shape
     q, k, v = (dense(t) for t in (q, k, v))
-    y, lse = like(q), torch.empty(B, H, T)
+    y, lse = like(q), q.new_empty(B, H, T, dtype=torch.float32)
     failed = loaded().attention(
         view(q), view(k), view(v), view(y), lse.data_ptr(), B, H, k.shape[1], T, C, C**-0.5, threads()
     )

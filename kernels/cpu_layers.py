@@ -26,7 +26,7 @@ def rms_norm(
 ) -> tuple[Float[Tensor, "*rows D"], Float[Tensor, "*rows 1"]]:
     """(..., D) -> (..., D): x / sqrt(mean(x²) + eps) * weight, with the statistics in float32; and 1 / sqrt(...)."""
     x, weight, D = x.contiguous(), weight.contiguous(), x.shape[-1]
-    y, rstd = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
+    y, rstd = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     loaded().rms_norm(
         x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), x.numel() // D, D, eps,
         DTYPES[x.dtype], threads(),
@@ -101,7 +101,7 @@ def rows_cross_entropy(
     """The loss of each row; with `gradient`, the logits become the gradient of their loss."""
     L, V = logits.shape
     index = torch.where(targets == ignore_index, -1, targets.long()).contiguous()
-    losses = torch.empty(L)
+    losses = logits.new_empty(L, dtype=torch.float32)
     loaded().cross_entropy(
         logits.data_ptr(), index.data_ptr(), losses.data_ptr(), L, V, int(gradient), DTYPES[logits.dtype], threads()
     )

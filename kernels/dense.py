@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.dispatch import form
+from kernels.planned import stream_of
 from kernels.reference import cast
 from nf4 import QuantizedTensor
 
@@ -105,8 +106,8 @@ def decoded(q: QuantizedTensor, dtype: torch.dtype) -> Float[Tensor, "N K"]:
 
 def workspace(device: torch.device, dtype: torch.dtype, numel: int) -> Float[Tensor, " numel"]:
     """Memory of this thread for this device, stream and dtype, as large as the largest that was asked for."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     held = workspaces.__dict__.setdefault("held", {})
+    stream = stream_of(device)
     space = held.get((device, stream, dtype))
     if space is None or space.numel() < numel:
         with torch.inference_mode(False):

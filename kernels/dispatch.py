@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels.planned import kind_of
 from nf4 import QuantizedTensor
 
 
@@ -28,12 +29,15 @@ def always(*_: Any) -> bool:
 
 
 @lru_cache
-def table() -> tuple[Row, ...]:
-    """The forms that there are, the fastest first. (Imported here, since some are built from others.)"""
+def table(planned_gpu: bool = False) -> tuple[Row, ...]:
+    """The forms that there are, the fastest first; with those of a GPU that is not here but planned for.
+
+    (Imported here, since some are built from others.)
+    """
     from kernels import chunked, cpu, cpu_attention, cpu_layers, cpu_updates, dense, layers, reference, updates
 
     return (
-        *(gpu_rows() if torch.cuda.is_available() else ()),  # without a GPU nobody need wait for Triton
+        *(gpu_rows() if planned_gpu or torch.cuda.is_available() else ()),  # without a GPU nobody need wait for Triton
         Row("quantize", "cpu", cpu.accepts_weight, cpu.quantize),
         Row("quantize", "any", always, reference.quantize),
         Row("dequantize", "cpu", cpu.accepts_stored, cpu.dequantize),
@@ -140,8 +144,9 @@ def tensor_of(first: Any) -> torch.Tensor:
 
 def form(operator: str, device: torch.device, first: Any, second: Any = None) -> Callable[..., Any]:
     """The form of an operator for arguments that begin with `first` and `second`."""
+    kind = kind_of(device)
     return next(
         row.form
-        for row in table()
-        if row.operator == operator and row.device in (device.type, "any") and row.accepts(first, second)
+        for row in table(kind != device.type and kind == "cuda")
+        if row.operator == operator and row.device in (kind, "any") and row.accepts(first, second)
     )

@@ -16,6 +16,7 @@ from jaxtyping import Int32
 from torch import Tensor
 
 from kernels.launch import INTERPRET
+from kernels.planned import PROCESSORS
 
 
 def split(tiles: int, rounds: int, device: torch.device) -> tuple[int, int]:
@@ -27,6 +28,8 @@ def split(tiles: int, rounds: int, device: torch.device) -> tuple[int, int]:
 
 @lru_cache
 def processors(device: torch.device) -> int:
+    if device.type == "meta":
+        return PROCESSORS
     return 1 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
 
 

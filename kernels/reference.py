@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kernels.planned import alike
 from nf4 import QuantizedTensor, dequantize, quantize
 
 __all__ = [
@@ -181,7 +182,7 @@ def check_linear(x: Tensor, q: QuantizedTensor, bias: Tensor | None) -> None:
 def check_devices(x: Tensor, *others: Tensor | None) -> None:
     """Refuse tensors of two devices: an operator reads them by their addresses."""
     for other in others:
-        if other is not None and other.device != x.device:
+        if other is not None and not alike(other.device, x.device):
             raise ValueError(
                 f"all tensors of an operator are on one device, but these are on {x.device} and {other.device}"
             )

@@ -24,6 +24,7 @@ from models.whole import train_every_weight
 from train.data import Dataset, load_data, padding_id, preview
 from train.data.batches import Batches
 from train.loop import TrainResult, train
+from train.planner.advice import advised
 from train.recipe import RunConfig
 from train.run import Run
 from train.samples import sampler
@@ -83,7 +84,8 @@ class Finetuning:
         )
         begin = how.get("begin")
         start = begin.state.step if begin else 0
-        with self.run, room(self.run), tensorboard(self.run, start, on=config.tensorboard):
+        board = tensorboard(self.run, start, on=config.tensorboard)
+        with self.run, room(self.run), advised(config, self.data.manifest["longest"]), board:
             result = train(
                 self.model,
                 batches,
@@ -127,7 +129,7 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
         data.manifest["labels"] = list(planned.labels)
     check_length(data, base, config.batch_tokens)
     opened = run or create(config, data, tokenizer, device)
-    with opened:
+    with opened, advised(config, data.manifest["longest"]):
         seed_everything(config.seed)
         model = trainable_model(config, planned.labels, device)
         model.gradient_checkpointing = config.gradient_checkpointing

@@ -1,0 +1,129 @@
+"""`qlora estimate` from the outside, and what a run is told that found too little memory."""
+
+import json
+
+import pytest
+import torch
+
+import qlora
+from tests import tiny
+from train import finetune
+from train.planner.advice import advised, available, is_out_of_memory
+from train.planner.sizes import SIZES
+
+SMALL = {
+    **SIZES["smollm2-135m"], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(SMALL))
+    return path
+
+
+def estimate(capsys, *arguments: object) -> dict:
+    assert qlora.main(["estimate", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_config_and_its_directory_give_one_plan(capsys, config):
+    one = estimate(capsys, "--model", config, "--lora.rank", 4)
+    same = estimate(capsys, "--model", config.parent, "--lora.rank", 4)
+    assert same["peak_bytes"] == pytest.approx(one["peak_bytes"], rel=5e-3)  # a process makes some tables only once
+    assert sum(one["parts"].values()) == one["peak_bytes"]
+    assert estimate(capsys, "--model", config, "--lora.rank", 8)["trained"] == 2 * one["trained"]
+
+
+def test_a_checkpoint_counts_as_it_is_stored(capsys, tmp_path):
+    source = tiny.checkpoint(tmp_path / "model")
+    dense = estimate(capsys, "--model", source, "--no-quantize", "--max-len", 32, "--lora.rank", 4)
+    assert "quantized linears" not in dense["base"]
+    assert qlora.main(["quantize", str(source), str(tmp_path / "nf4"), "--json"]) == 0
+    capsys.readouterr()
+    stored = estimate(capsys, "--model", tmp_path / "nf4", "--max-len", 32, "--lora.rank", 4)
+    again = estimate(capsys, "--model", source, "--max-len", 32, "--lora.rank", 4)
+    assert stored["base"]["quantized linears"] == again["base"]["quantized linears"]
+
+
+def test_what_fits_is_told_and_what_would_make_it_fit(capsys, config):
+    arguments = ["--model", config, "--max-len", 256, "--lora.rank", 4]
+    assert estimate(capsys, *arguments, "--gpu", "1GB")["fits"]
+    assert qlora.main(["estimate", *map(str, arguments), "--gpu", "1GB"]) == 0
+    assert "fits" in capsys.readouterr().out
+    tight = estimate(capsys, *arguments, "--gpu", "0.61", "--batch-size", 64, "--no-gradient-checkpointing")
+    assert not tight["fits"]
+    assert tight["fitting"]["takes_bytes"] <= tight["gpu_bytes"] < tight["takes_bytes"]
+    assert any(switch["flags"] == "--gradient-checkpointing" for switch in tight["switches"])
+
+
+def test_full_fine_tuning_and_a_cpu_can_be_planned(capsys, config):
+    full = estimate(capsys, "--model", config, "--no-quantize", "--no-adapters", "--device", "cpu")
+    assert full["trained"] == full["parameters"]
+    assert full["parts"]["optimizer states"] >= 8 * full["trained"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["--model", "lama-7b"], "did you mean llama-7b", 4),
+        (["--model", "llama-7b", "--gpu", "h10"], "did you mean h100", 2),
+        (["--model", "llama-7b", "--max-len", "4000"], "max_len is 4000, but the model knows 2048", 2),
+        (["--model", "llama-7b", "--no-adapters"], "add --no-quantize", 2),
+        (["--model", "llama-7b", "--batch-size", "0"], "batch_size must be at least 1, not 0", 2),
+        (["--model", "llama-7b", "--gpu", "24", "--device", "cpu"], "leave device at cuda", 2),
+        (["--model", "llama-7b", "--lora.target-modules", "nothing"], "no layer is called nothing", 2),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(capsys, arguments, message, code):
+    assert qlora.main(["estimate", *arguments]) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_config_of_no_known_model_is_refused(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    assert qlora.main(["estimate", "--model", str(tmp_path)]) == 4
+    assert "architecture 'mamba' is not known" in capsys.readouterr().err
+
+
+def test_a_run_without_memory_is_told_what_would_fit(capsys, monkeypatch, tmp_path):
+    def full(self: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+    monkeypatch.setattr(finetune.Finetuning, "train", full)
+    monkeypatch.setattr("train.planner.advice.available", lambda device: 650 * 2**20)
+    arguments = ["--model", tiny.checkpoint(tmp_path / "model"), "--data.path", tiny.records(tmp_path / "data.jsonl")]
+    arguments += ["--data.eval-size", 0, "--max-steps", 1, "--out", tmp_path / "run", "--device", "cpu", "--quiet"]
+    arguments += ["--lora.rank", 4]
+    assert qlora.main(["train", *map(str, arguments)]) == 5
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert first == "qlora train: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert "by plan this takes 0.6 GiB of 0.6 GiB" in second
+
+
+def test_advice_names_the_changes_and_other_errors_pass(monkeypatch, tmp_path):
+    from models import LoraConfig
+    from train.data import DataConfig
+    from train.recipe import RunConfig
+
+    config = RunConfig(
+        model=str(tiny.checkpoint(tmp_path / "model")), data=DataConfig(path="none"), max_steps=1, batch_size=64,
+        gradient_checkpointing=False, lora=LoraConfig(rank=4), dtype="float32", device="cpu",
+    )  # fmt: skip
+    monkeypatch.setattr("train.planner.advice.available", lambda device: 700 * 2**20)
+    with pytest.raises(MemoryError) as caught, advised(config, 256):
+        raise MemoryError
+    (note,) = caught.value.__notes__
+    assert "it fits with" in note or "which fits" in note
+    with pytest.raises(RuntimeError) as other, advised(config, 256):
+        raise RuntimeError("shapes differ")
+    assert not hasattr(other.value, "__notes__")
+
+
+def test_what_is_out_of_memory():
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert available(torch.device("cpu")) > 2**28

@@ -1,0 +1,221 @@
+"""A plan: what there is at the fullest moment of a step, by what it is for.
+
+The step that is planned is the real one, run without memory (`simulation`). A large model has many blocks alike, and
+with each more every segment of the step has the same bytes more at its fullest moment: what is stored of a block, what
+is trained in it, and what it keeps for backward. So a model is run with three blocks and with four, and what a fourth
+adds is added for every other: exactly what all of them would give, in a tenth of the time. Segments are told by their
+place: before, in or after the first block, the second, the last. In those between them a step takes no more than in
+one of these.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels import dense
+from kernels.planned import in_backward
+from models.linear import NF4Linear
+from models.model import Stack
+from models.precision import ADAPTERS, Parts, part_of, parts_in_memory
+from train.optimizer import PAGED
+from train.planner.layers import layers_of, with_layers
+from train.planner.ledger import KEPT, WORK, Ledger, Segment
+from train.planner.simulation import DECODED, LOGITS, simulated
+from train.planner.step import Job, Stepper, prepared, steps_taken
+
+FEW = 3  # blocks of the smaller of two models
+CODES, SCALES = "codes", "scales"
+TRAINED = "trained whole"
+GRADIENTS = "gradients"
+STATES = "optimizer states"
+LABELS = {  # in this order, with what a person reads
+    CODES: "base: codes",
+    SCALES: "base: scales of the codes",
+    "block linears": "base: linears of the blocks",
+    "biases": "base: biases",
+    "embeddings": "base: embeddings",
+    "norms": "base: norms",
+    "head": "base: head",
+    ADAPTERS: "adapters",
+    TRAINED: "trained whole beside the adapters",
+    GRADIENTS: "gradients",
+    STATES: "optimizer states",
+    KEPT: "activations kept for backward",
+    WORK: "work of the moment",
+    LOGITS: "logits, a chunk at a time",
+    DECODED: "weights decoded for a product",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the bytes of a step are when there are most."""
+
+    job: Job
+    kind: str
+    """Of the device: "cpu" or "cuda"."""
+    parts: Mapping[str, int]
+    """Bytes by what they are for, at the fullest moment: keys of LABELS."""
+    moment: str
+    """When that is."""
+    base: Parts
+    """The model as it is stored, adapters included."""
+    trained: int
+    """How many numbers are trained."""
+    managed: bool
+    """Whether the optimizer's states are in managed memory, which the driver evicts where room is needed."""
+
+    @property
+    def total(self) -> int:
+        """All tensors of that moment."""
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> int:
+        """What must be on the device: all but what can be paged out."""
+        return self.total - (self.parts[STATES] if self.managed else 0)
+
+
+def plan(job: Job, kind: str = "cuda", extend: bool = True) -> Plan:
+    """Plan a step on a kind of device, a "cpu" or "cuda"; without `extend` every block is run through."""
+    counts = layers_of(job.raw)
+    count = counts[0] if counts else 0
+    alike = not (job.lora and (job.lora.rank_pattern or job.lora.alpha_pattern)) and len(set(counts)) == 1
+    if not (extend and alike and count > FEW + 1):
+        run = run_through(job, kind)
+    else:
+        small, large = (run_through(replace(job, raw=with_layers(job.raw, n)), kind) for n in (FEW, FEW + 1))
+        run = extended(small, large, count - FEW)
+    segment = max(run.segments, key=lambda segment: run.segments[segment].total())
+    managed = kind == "cuda" and job.optimizer.name in PAGED
+    return Plan(job, kind, run.segments[segment], described(segment), run.base, run.trained, managed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one simulation gives: the bytes of each segment's fullest moment, by what they are for."""
+
+    segments: dict[Segment, Counter[str]]
+    base: Parts
+    trained: int
+
+
+def run_through(job: Job, kind: str) -> Run:
+    """Simulate a step."""
+    name = job.optimizer.name
+    if name in PAGED:  # the same states, in memory that only a real device has
+        unpaged: Any = name.removeprefix("paged-")
+        job = replace(job, optimizer=replace(job.optimizer, name=unpaged, allow_oversubscription=False))
+    with simulated(kind) as ledger:
+        stepper = prepared(job, torch.device("meta"))
+        label_model(ledger, stepper)
+        follow(ledger, stepper)
+
+        def begin() -> None:
+            store = stepper.optimizer.store
+            assert store is not None
+            ledger.relabel([store.memory.tensor(0, (1,), torch.uint8)], STATES)
+            ledger.begin(("start",))
+
+        steps_taken(stepper, job.accumulation, begin)
+        ledger.settle()
+        ledger.relabel(dense.workspaces.__dict__.get("held", {}).values(), DECODED)
+        trained = sum(p.numel() for p in stepper.parameters.values())
+        count = min(layers_of(job.raw), default=0)
+        segments: dict[Segment, Counter[str]] = {}
+        for segment in ledger.peaks:
+            placed = place_of(segment, count)
+            parts = ledger.parts(segment)
+            if placed not in segments or parts.total() > segments[placed].total():
+                segments[placed] = parts
+        return Run(segments, parts_in_memory(stepper.model), trained)
+
+
+def label_model(ledger: Ledger, stepper: Stepper) -> None:
+    """Say what each tensor of the model is."""
+    model = stepper.model
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, NF4Linear) and not name.endswith(".bias"):
+            label = SCALES if name.endswith("absmax_codes") else CODES
+        else:
+            label = part_of(model, name)
+            if parameter.requires_grad and label != ADAPTERS and stepper.adapted:
+                label = TRAINED
+        ledger.relabel([parameter], label)
+    ledger.relabel(model.buffers(), SCALES)
+    for parameter in stepper.parameters.values():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p: ledger.relabel([] if p.grad is None else [p.grad], GRADIENTS)
+        )
+
+
+def follow(ledger: Ledger, stepper: Stepper) -> None:
+    """Have the ledger know which block is at work, forward or backward."""
+    for s, stack in enumerate(m for m in stepper.model.modules() if isinstance(m, Stack)):
+        blocks = next(child for child in stack.children() if isinstance(child, nn.ModuleList))
+        for i, block in enumerate(blocks):
+            block.register_forward_pre_hook(entering(ledger, s, i))
+            block.register_forward_hook(leaving(ledger, s, i))
+    stepper.optimizer.register_step_pre_hook(lambda *_: ledger.enter(("update",)))
+
+
+def entering(ledger: Ledger, s: int, i: int) -> Any:
+    def hook(*_: Any) -> None:
+        if not in_backward():
+            ledger.enter(("forward", s, i))
+
+    return hook
+
+
+def leaving(ledger: Ledger, s: int, i: int) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if not in_backward():
+            ledger.enter(("after", s, i))
+            output.register_hook(lambda gradient: ledger.enter(("backward", s, i)))
+
+    return hook
+
+
+def place_of(segment: Segment, count: int) -> Segment:
+    """A segment with its block told by its place among `count`: first, second, last, or one of those between."""
+    if len(segment) < 3:
+        return segment
+    kind, stack, i = segment
+    place = "last" if i == count - 1 else ("first", "second")[i] if i < 2 else "middle"
+    return (kind, stack, place)
+
+
+def extended(small: Run, large: Run, more: int) -> Run:
+    """What as many more blocks as the smaller run has would give, each adding what the larger one's does."""
+    segments = {
+        segment: Counter({label: line(parts[label], large.segments[segment][label], more) for label in LABELS})
+        for segment, parts in small.segments.items()
+    }
+    base = Parts()
+    for name, part in base.by_name.items():
+        one, other = small.base[name], large.base[name]
+        part.tensors = line(one.tensors, other.tensors, more)
+        part.parameters = line(one.parameters, other.parameters, more)
+        part.nbytes = {kind: line(one.nbytes[kind], other.nbytes[kind], more) for kind in one.nbytes}
+    return Run(segments, base, line(small.trained, large.trained, more))
+
+
+def line(one: int, other: int, more: int) -> int:
+    return one + (other - one) * more
+
+
+def described(segment: Segment) -> str:
+    """A segment in words."""
+    if segment == ("update",):
+        return "in the update"
+    if len(segment) < 3:
+        return "before the first block"
+    kind, _, place = segment
+    if kind == "after":
+        return "at the loss" if place == "last" else f"after the {place} block"
+    return f"in the {place} block, {kind}"

@@ -1,0 +1,188 @@
+"""Which switch would make a step fit, from the one that costs least: tried, not estimated.
+
+What costs nothing comes first, then what costs time, then what costs precision, then what changes what is trained.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from models import LoraConfig
+from models.device import pick_dtype
+from nf4 import QuantConfig
+from train.planner.gpus import GIB, Gpu
+from train.planner.jobs import job_of
+from train.planner.plan import Plan, plan
+from train.planner.step import Job
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A change of settings, and what it gives."""
+
+    flags: str
+    """As they are typed."""
+    cost: str
+    plan: Plan
+
+
+Change = Callable[[Job], tuple[Job, str] | None]
+
+
+def switches(job: Job, kind: str) -> list[Switch]:
+    """What each change that is left would give for itself, from the cheapest."""
+    return [Switch(flags, cost, plan(changed, kind)) for changed, flags, cost in changes(job, kind)]
+
+
+def fitting(job: Job, gpu: Gpu, kind: str = "cuda") -> tuple[list[Switch], Plan | None]:
+    """Changes from the cheapest on, until the step fits, and its plan; all that help and no plan if it never does."""
+    numbers: list[int] = []
+    current = plan(job, kind)
+    for number in range(len(CHANGES)):
+        while not gpu.fits(current.needed):
+            changed = change(current.job, number, kind)
+            tried = None if changed is None else plan(changed[0], kind)
+            if tried is None or tried.needed >= current.needed:
+                break
+            numbers.append(number)
+            current = tried
+    if not gpu.fits(current.needed):
+        return made(job, numbers, kind), None
+    for number in reversed(numbers[:-1]):  # a later change may have made an earlier one needless
+        fewer = numbers.copy()
+        fewer.remove(number)
+        if gpu.fits(plan(changed_by(job, fewer, kind), kind).needed):
+            numbers = fewer
+    return made(job, numbers, kind), plan(changed_by(job, numbers, kind), kind)
+
+
+def made(job: Job, numbers: list[int], kind: str) -> list[Switch]:
+    """The changes of these numbers, one after the other; those that are made again are told as one."""
+    told: dict[int, Switch] = {}
+    for position, number in enumerate(numbers):
+        changed = change(changed_by(job, numbers[:position], kind), number, kind)
+        assert changed is not None
+        told[number] = Switch(changed[1], CHANGES[number][1], plan(changed[0], kind))
+    return list(told.values())
+
+
+def changed_by(job: Job, numbers: list[int], kind: str) -> Job:
+    for number in numbers:
+        changed = change(job, number, kind)
+        assert changed is not None
+        job = changed[0]
+    return job
+
+
+def changes(job: Job, kind: str) -> Iterator[tuple[Job, str, str]]:
+    for number, (_, cost) in enumerate(CHANGES):
+        changed = change(job, number, kind)
+        if changed is not None:
+            yield (*changed, cost)
+
+
+def change(job: Job, number: int, kind: str) -> tuple[Job, str] | None:
+    made = CHANGES[number][0](job)
+    paged = made is not None and made[0].optimizer.name.startswith("paged-") and kind == "cpu"
+    return None if paged and not job.optimizer.name.startswith("paged-") else made
+
+
+# The changes
+
+
+def double_quant(job: Job) -> tuple[Job, str] | None:
+    if job.quant is None or job.quant.double_quant:
+        return None
+    return replace(job, quant=replace(job.quant, double_quant=True)), "--quant.double-quant"
+
+
+def paged_states(job: Job) -> tuple[Job, str] | None:
+    name: Any = f"paged-{job.optimizer.name}"
+    if job.optimizer.name not in ("adamw", "adamw-8bit"):
+        return None
+    return replace(job, optimizer=replace(job.optimizer, name=name)), f"--optimizer.name {name}"
+
+
+def smaller_batch(job: Job) -> tuple[Job, str] | None:
+    if job.batch_size == 1:
+        return None
+    size = -(-job.batch_size // 2)
+    accumulation = -(-job.accumulation * job.batch_size // size)
+    changed = replace(job, batch_size=size, accumulation=accumulation)
+    return changed, f"--batch-size {size} --accumulation {accumulation}"
+
+
+def checkpointing(job: Job) -> tuple[Job, str] | None:
+    if job.gradient_checkpointing:
+        return None
+    return replace(job, gradient_checkpointing=True), "--gradient-checkpointing"
+
+
+def eight_bit_states(job: Job) -> tuple[Job, str] | None:
+    if not job.optimizer.name.endswith("adamw"):
+        return None
+    name: Any = f"{job.optimizer.name}-8bit"
+    return replace(job, optimizer=replace(job.optimizer, name=name)), f"--optimizer.name {name}"
+
+
+def narrow_adapters(job: Job) -> tuple[Job, str] | None:
+    if job.lora is None or job.lora.dtype == "bfloat16" or job.dtype != torch.bfloat16:
+        return None
+    return replace(job, lora=replace(job.lora, dtype="bfloat16")), "--lora.dtype bfloat16"
+
+
+def adapters(job: Job) -> tuple[Job, str] | None:
+    return None if job.lora is not None else (replace(job, lora=LoraConfig()), "--adapters")
+
+
+def quantized(job: Job) -> tuple[Job, str] | None:
+    if job.quant is not None or job.lora is None:
+        return None
+    return replace(job, quant=QuantConfig()), "--quantize"
+
+
+def shorter(job: Job) -> tuple[Job, str] | None:
+    if job.max_len <= 64:
+        return None
+    return replace(job, max_len=job.max_len // 2, target_len=-(-job.target_len // 2)), f"--max-len {job.max_len // 2}"
+
+
+CHANGES: tuple[tuple[Change, str], ...] = (
+    (double_quant, "nothing: 0.37 bits less for a weight"),
+    (paged_states, "nothing while there is room; else a copy at each step"),
+    (smaller_batch, "a little time; the same training"),
+    (checkpointing, "a third more time"),
+    (eight_bit_states, "states rounded to 8 bits"),
+    (narrow_adapters, "small updates of the adapters are rounded away"),
+    (adapters, "adapters are trained, and not every weight"),
+    (quantized, "a base in 4 bits"),
+    (shorter, "longer texts are cut"),
+)
+
+
+def suggestion(
+    config: Any, available_bytes: int, *, max_len: int | None = None, device: torch.device = torch.device("cuda")
+) -> str:
+    """A plan that fits, for a run that found too little memory: what to change, and what that takes.
+
+    Nothing is allocated on the device. `max_len` is the longest text of the data, where no setting says it.
+    """
+    tokens = max_len or config.data.max_len or 512
+    job = job_of(config, pick_dtype(config.dtype, device), tokens, config.data.target_max_len or 128)
+    gpu = Gpu(device.type, available_bytes)
+    before = plan(job, device.type)
+    steps, after = fitting(job, gpu, device.type)
+    size = f"{available_bytes / GIB:.1f} GiB"
+    needs = f"by plan this takes {gpu.takes(before.needed) / GIB:.1f} GiB of {size}"
+    if after is None:
+        smallest = steps[-1].plan if steps else before
+        return (
+            f"{needs}, and no setting makes it fit: the least found is {gpu.takes(smallest.needed) / GIB:.1f} GiB; "
+            "take a smaller model or a larger device"
+        )
+    if not steps:
+        return f"{needs}, which fits: something else holds memory of the device"
+    flags = " ".join(switch.flags for switch in steps)
+    return f"{needs}; it fits with {flags}: {gpu.takes(after.needed) / GIB:.1f} GiB"
