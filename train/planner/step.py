@@ -70,8 +70,9 @@ class Stepper:
     adapted: bool
     """Whether adapters are trained, on a base that is frozen."""
 
-    def step(self, number: int, micro_batches: int) -> None:
-        update(self.model, self.parameters, self.optimizer, [self.batch] * micro_batches, number, NORM)
+    def step(self, micro_batches: int) -> None:
+        """A step as any but the first, which also looks at the values of gradients, and here there may be none."""
+        update(self.model, self.parameters, self.optimizer, [self.batch] * micro_batches, 2, NORM)
 
 
 def prepared(job: Job, device: torch.device) -> Stepper:
@@ -95,9 +96,9 @@ def prepared(job: Job, device: torch.device) -> Stepper:
 
 def steps_taken(stepper: Stepper, accumulation: int, between: Callable[[], None] = lambda: None) -> None:
     """Take the step that makes the states, call `between`, and take the step that is planned."""
-    stepper.step(1, 1)
+    stepper.step(1)
     between()
-    stepper.step(2, min(accumulation, 2))
+    stepper.step(min(accumulation, 2))
 
 
 def assembled(job: Job, device: torch.device) -> Model:
