@@ -28,14 +28,6 @@ BAR = 0.05
 SMOLLM2, ADAPTER = SIZES["smollm2-135m"], LoraConfig(rank=16)
 
 JOBS: Mapping[str, Job] = {
-    "SmolLM2-135M, NF4, checkpointing, 4 x 256": Job(raw=SMOLLM2, lora=ADAPTER, batch_size=4, max_len=256),
-    "SmolLM2-135M, NF4, checkpointing, 4 x 256, 8-bit states": Job(
-        raw=SMOLLM2, lora=ADAPTER, batch_size=4, max_len=256, optimizer=OptimizerConfig(name="adamw-8bit")
-    ),
-    "SmolLM2-135M, 16-bit LoRA, all kept, 1 x 256": Job(
-        raw=SMOLLM2, quant=None, lora=ADAPTER, gradient_checkpointing=False, max_len=256
-    ),
-    "SmolLM2-135M, full fine-tuning, checkpointing, 1 x 128": Job(raw=SMOLLM2, quant=None, lora=None, max_len=128),
     "T5-small, NF4, checkpointing, 8 x 128 to 64": Job(
         raw=SIZES["t5-small"], lora=ADAPTER, batch_size=8, max_len=128, target_len=64
     ),
@@ -48,6 +40,14 @@ JOBS: Mapping[str, Job] = {
             raw=SIZES["roberta-base"], lora=ADAPTER, gradient_checkpointing=False, batch_size=8, max_len=128,
             dtype=torch.float32,
         )
+    ),
+    "SmolLM2-135M, 16-bit LoRA, all kept, 1 x 256": Job(
+        raw=SMOLLM2, quant=None, lora=ADAPTER, gradient_checkpointing=False, max_len=256
+    ),
+    "SmolLM2-135M, full fine-tuning, checkpointing, 1 x 128": Job(raw=SMOLLM2, quant=None, lora=None, max_len=128),
+    "SmolLM2-135M, NF4, checkpointing, 4 x 256": Job(raw=SMOLLM2, lora=ADAPTER, batch_size=4, max_len=256),
+    "SmolLM2-135M, NF4, checkpointing, 4 x 256, 8-bit states": Job(
+        raw=SMOLLM2, lora=ADAPTER, batch_size=4, max_len=256, optimizer=OptimizerConfig(name="adamw-8bit")
     ),
 }  # fmt: skip
 

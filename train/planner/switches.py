@@ -14,7 +14,8 @@ from models.device import pick_dtype
 from nf4 import QuantConfig
 from train.planner.gpus import GIB, Gpu
 from train.planner.jobs import job_of
-from train.planner.plan import Plan, plan
+from train.planner.plan import Plan
+from train.planner.plan import plan as planned_anew
 from train.planner.step import Job
 
 
@@ -26,6 +27,17 @@ class Switch:
     """As they are typed."""
     cost: str
     plan: Plan
+
+
+PLANS: dict[str, Plan] = {}
+
+
+def plan(job: Job, kind: str) -> Plan:
+    """The plan of a job; one that is asked for again, as while changes are tried, is made once."""
+    key = repr((job, kind))
+    if key not in PLANS:
+        PLANS[key] = planned_anew(job, kind)
+    return PLANS[key]
 
 
 Change = Callable[[Job], tuple[Job, str] | None]
