@@ -53,7 +53,7 @@ def forms(request, monkeypatch):
         rows = tuple(r for r in rows if r.device != "cpu")
     if request.param == "triton":
         rows = (*(r._replace(device="cpu") for r in dispatch.gpu_rows()), *rows)
-    monkeypatch.setattr(dispatch, "table", lambda: rows)
+    monkeypatch.setattr(dispatch, "table", lambda planned_gpu=False: rows)
     return request.param
 
 

@@ -102,7 +102,7 @@ def test_the_forms_of_a_gpu_are_the_definition_forward_and_backward(tokens, outp
     """Few tokens, a middle range and many; the branch beside the product and in it. In Triton's interpreter."""
     on_cpu = tuple(row._replace(device="cpu") for row in dispatch.gpu_rows())
     definitions = tuple(row for row in dispatch.table() if row.device == "any")
-    monkeypatch.setattr(dispatch, "table", lambda: on_cpu + definitions)
+    monkeypatch.setattr(dispatch, "table", lambda planned_gpu=False: on_cpu + definitions)
     arguments = layer(2, dtype, K=64, N=outputs, R=4, tokens=(tokens,))
     exact = run(reference, [a.double() if isinstance(a, torch.Tensor) else a for a in arguments], dropout=0.25, seed=9)
     ours = run(kernels, arguments, dropout=0.25, seed=9)
