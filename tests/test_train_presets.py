@@ -173,10 +173,20 @@ def test_an_unknown_preset_in_a_file_is_named_with_the_file(tmp_path):
         named(more=["--config", str(path)])
 
 
-def test_a_rule_broken_by_a_flag_over_a_preset_names_both():
-    with pytest.raises(ConfigError, match="preset guanaco, --epochs: exactly one of max_steps and epochs"):
-        named("guanaco-7b", more=["--epochs", "1"])
-    assert named("guanaco-7b", more=["--epochs", "1", "--max-steps", "None"]).epochs == 1.0
+def test_epochs_that_are_given_later_take_the_place_of_steps_and_the_other_way_round(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("epochs = 2\n")
+    assert (named("guanaco-7b").max_steps, named("guanaco-7b").epochs) == (1875, None)
+    for more, expected in (
+        (["--epochs", "1"], (None, 1.0)),
+        (["--config", str(path)], (None, 2.0)),
+        (["--config", str(path), "--max-steps=7"], (7, None)),
+        (["--max-steps", "None", "--epochs", "1"], (None, 1.0)),
+    ):
+        config = named("guanaco-7b", more=more)
+        assert (config.max_steps, config.epochs) == expected
+    with pytest.raises(ConfigError, match="exactly one of max_steps and epochs"):
+        named("guanaco-7b", more=["--max-steps", "3", "--epochs", "1"])
 
 
 def test_settings_of_qlora_py_are_translated_in_files_and_flags(tmp_path, capsys):

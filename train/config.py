@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 from models.errors import ConfigError
 from train.preset import preset_layers, with_presets
 from train.qlora_names import translation
-from train.toml import Layer, Values, all_keys, load_table, merge, to_toml
+from train.toml import Layer, Values, all_keys, load_table, merge, supersede, to_toml
 
 __all__ = ["parse", "read_config", "to_toml"]
 
@@ -167,6 +167,8 @@ def take_flags(
         elif new != old or {flag, f"--{key}no-{field.name}".replace("_", "-")} & given:
             values[field.name] = new
             origins[key + field.name] = flag
+    asked = {field.name for field in dataclasses.fields(cls) if f"--{key}{field.name}".replace("_", "-") in given}
+    supersede(cls, asked, values, origins, key)
 
 
 def foreign_flags(cls: type, flags: Sequence[str]) -> list[str]:

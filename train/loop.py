@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -51,6 +51,9 @@ class BatchSource(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long to train, in which steps, and when to look at held-out examples."""
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("max_steps", "epochs"),)
+    """Settings of which a later one takes the place of another: an own number of epochs, of a preset's steps."""
 
     batch_size: int = 1
     """Examples in a micro-batch, which is what must fit into memory at once; packed rows, with data.pack."""

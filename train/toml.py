@@ -8,7 +8,7 @@ is refused: a person who gets three keys wrong wants to hear of all three at onc
 import dataclasses
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -87,6 +87,20 @@ def read_table(
         else:
             problems.append(f"{origin}: {key}: must be a table, [{key}], not {toml_or_repr(value)}")
         seen.add(name)
+    supersede(cls, seen, into, origins, prefix)
+
+
+def supersede(cls: type, given: Collection[str], into: Values, origins: dict[str, str], prefix: str = "") -> None:
+    """Take out what was set before and is another way to say what is given now.
+
+    A class names such fields as `alternatives`: who asks for epochs over a preset of so many steps wants no steps.
+    """
+    for group in getattr(cls, "alternatives", ()):
+        if any(name in given for name in group):
+            for name in group:
+                if name not in given:
+                    into.pop(name, None)
+                    origins.pop(prefix + name, None)
 
 
 def all_keys(cls: type, prefix: str = "") -> list[str]:

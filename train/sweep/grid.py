@@ -29,7 +29,7 @@ from models.errors import ConfigError
 from train.config import finish, listed, read_sources
 from train.recipe import RunConfig
 from train.sweep.names import cell_name, short_keys
-from train.toml import Values, all_keys, convert, load_table, read_table, toml_or_repr
+from train.toml import Values, all_keys, convert, load_table, read_table, supersede, toml_or_repr
 
 Point = dict[str, Any]  # dotted key -> value
 
@@ -208,6 +208,7 @@ def make_cells(
             settings = copy.deepcopy(values)
             for key, value in {**point, "seed": seed, "out": str(out / name)}.items():
                 put(settings, key, value)
+            supersede(RunConfig, point, settings, {})
             try:
                 cells.append(Cell(name, point, finish(RunConfig, settings, dict(origins), [])))
             except ConfigError as error:
