@@ -99,7 +99,11 @@ def chat_command(options: ChatOptions, console: "Console") -> dict[str, Any]:
         messages.append({"role": "user", "content": line})
         ids, _ = render_chat(tokenizer, messages, add_generation_prompt=True)
         text = say(answer(model, tokenizer, ids, options.max_new_tokens, options.sampling, options.seed), console)
-        messages.append({"role": "assistant", "content": text})
+        if text.strip():
+            messages.append({"role": "assistant", "content": text})
+        else:
+            messages.pop()
+            console.print("[dim](no answer; the conversation goes on without the question)[/dim]")
 
 
 def answer(

@@ -15,7 +15,6 @@ from models.tokenizer import Tokenizer
 from train.data import DataConfig, load_data, padding_id, preview
 from train.data.batches import Measured
 from train.data.causal import tokenize
-from train.data.dataset import fingerprint
 from train.data.examples import open_examples
 from train.data.formats import FORMATS, Example
 from train.data.split import split
@@ -376,11 +375,18 @@ def test_the_sizes_known_beforehand_are_those_of_the_examples(tmp_path_factory, 
         assert part.sizes.tolist() == [[len(e.input_ids), 0] for e in part]
 
 
-def test_a_hash_is_of_all_files_in_order_and_names_the_path(tmp_path):
-    for name, content in (("a", b"one"), ("b", b"two")):
-        (tmp_path / name).write_bytes(content)
-    found = fingerprint(tmp_path, [tmp_path / "a", tmp_path / "b"])
-    assert found == {"file": tmp_path.name, "sha256": hashlib.sha256(b"onetwo").hexdigest(), "bytes": 6}
+def test_what_was_read_is_named_with_its_hash_and_several_files_with_that_of_their_list(tmp_path):
+    record = json.dumps({"prompt": "x", "completion": "y"}) + "\n"
+    contents = {"a.jsonl": record * 2, "b.jsonl": record.replace("x", "z")}
+    hashes = {name: hashlib.sha256(content.encode()).hexdigest() for name, content in contents.items()}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    single = load_data(configs(path=str(tmp_path / "a.jsonl"), eval_size=0), PLAIN).manifest
+    assert (single["file"], single["sha256"], single["bytes"]) == ("a.jsonl", hashes["a.jsonl"], 2 * len(record))
+    several = load_data(configs(path=str(tmp_path), eval_size=0), PLAIN).manifest
+    listed = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
+    expected = (tmp_path.name, hashlib.sha256(listed.encode()).hexdigest(), 3 * len(record))
+    assert (several["file"], several["sha256"], several["bytes"]) == expected
 
 
 def test_what_a_task_cannot_learn_is_refused(file):

@@ -173,6 +173,7 @@ def train(
             asked.unlink(missing_ok=True)
 
         def step(micro_batches: list[Batch]) -> None:
+            progress.begin()
             began = time.perf_counter()
             number = state.step + 1
             rate = learning_rate(number, total, config.optimizer)

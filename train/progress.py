@@ -17,13 +17,18 @@ class Progress:
         self, total: int, *, done: int = 0, every: int = 10, quiet: bool = False, write: Callable[[str], None]
     ) -> None:
         self.total, self.first, self.every, self.quiet, self.write = total, done, every, quiet, write
-        self.started = time.perf_counter()
+        self.started: float | None = None
+        """When the first step began; an evaluation before it is no measure of those to come."""
         self.live = None if quiet or not sys.stderr.isatty() else live_line()
         self.task = self.live.add_task("", total=total, completed=done, figures="") if self.live else None
 
+    def begin(self) -> None:
+        """A step begins."""
+        self.started = self.started or time.perf_counter()
+
     def step(self, step: int, loss: float, rate: float, tokens_per_second: float, memory: int) -> None:
         """Show a finished step."""
-        elapsed = time.perf_counter() - self.started
+        elapsed = time.perf_counter() - (self.started or time.perf_counter())
         left = elapsed / max(1, step - self.first) * (self.total - step)
         figures = (
             f"loss {loss:.4f}  lr {rate:.2e}  {tokens_per_second:,.0f} tokens/s  "

@@ -5,11 +5,10 @@ for: a file of which nothing can be learned, or little, and responses that never
 never learn to stop.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -172,11 +171,13 @@ def manifest(
     """What became of a data file, for data/manifest.json."""
     tokens, labels = int(used.inputs.sum() + used.targets.sum()), int(used.labels.sum())
     return {
-        **fingerprint(examples.path, [source.path for source in examples.sources.files]),
+        **provenance(examples),
         "format": examples.format,
         "task": task,
         "template": config.template,
-        "records": len(examples),
+        "records": examples.records,
+        "passed_over": {skipped.reason: skipped.count for skipped in examples.skipped},
+        "examples": len(examples),
         "dropped": len(drops),
         "first_dropped": list(drops[:5]),
         "cut_prompts": int(used.having(CUT_PROMPT).sum()),
@@ -191,12 +192,10 @@ def manifest(
     }
 
 
-def fingerprint(path: Path, files: Iterable[Path]) -> dict[str, Any]:
-    """Name, hash and size of what was read; several files count as one, joined."""
-    digest, size = sha256(), 0
-    for file in files:
-        with file.open("rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
-                size += len(chunk)
-    return {"file": path.name, "sha256": digest.hexdigest(), "bytes": size}
+def provenance(examples: Examples) -> dict[str, Any]:
+    """Name, hash and size of what was read; several files have the hash of a list of theirs, as sha256sum writes it."""
+    files = examples.files
+    digest = files[0].sha256
+    if len(files) > 1:
+        digest = sha256("".join(f"{file.sha256}  {file.name}\n" for file in files).encode()).hexdigest()
+    return {"file": examples.path.name, "sha256": digest, "bytes": sum(file.bytes for file in files)}
