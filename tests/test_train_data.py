@@ -295,6 +295,8 @@ def test_a_dataset_says_what_became_of_its_file(file):
         "task": "causal",
         "template": "plain",
         "records": 20,
+        "passed_over": {},
+        "examples": 20,
         "dropped": 0,
         "first_dropped": [],
         "cut_prompts": 0,
