@@ -2,6 +2,10 @@
 
 import os
 
+# Tests run side by side, and the programs that they start as well: each on one core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -19,6 +23,12 @@ if os.environ.get("QLORA_TEST_SHAPES") != "unchecked":  # torch.compile cannot t
 
 settings.register_profile("qlora", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("qlora")
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """Small models are fastest on one thread; kernels are tested on two, among which they share their work."""
+    torch.set_num_threads(2 if request.node.path.name.startswith("test_kernels_") else 1)
 
 
 @pytest.fixture(params=[12080, 13000])  # one of each signature

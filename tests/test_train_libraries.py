@@ -230,7 +230,7 @@ def machine(places: Path) -> Iterator[Standin]:
 
 def test_the_doctor_tells_the_search_and_managed_memory(machine, places, monkeypatch):
     monkeypatch.setattr(doctor, "self_test", lambda device: "passed")
-    console = Console(record=True, width=200, file=io.StringIO())
+    console = Console(record=True, width=400, file=io.StringIO())
     report = doctor.command(doctor.DoctorOptions(), console)
     assert report["cuda runtime"] == search_order()
     assert report["cuda runtime"][4] == f"{places}/cuda/lib64: {places}/cuda/lib64/libcudart.so, CUDA 12.8, taken"

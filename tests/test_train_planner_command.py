@@ -7,7 +7,7 @@ import torch
 
 import qlora
 from tests import tiny
-from train import finetune
+from train import preparation
 from train.planner.advice import advised, available, is_out_of_memory
 from train.planner.sizes import SIZES
 
@@ -87,10 +87,10 @@ def test_a_config_of_no_known_model_is_refused(capsys, tmp_path):
 
 
 def test_a_run_without_memory_is_told_what_would_fit(capsys, monkeypatch, tmp_path):
-    def full(self: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
 
-    monkeypatch.setattr(finetune.Finetuning, "train", full)
+    monkeypatch.setattr(preparation, "train", full)
     monkeypatch.setattr("train.planner.advice.available", lambda device: 650 * 2**20)
     arguments = ["--model", tiny.checkpoint(tmp_path / "model"), "--data.path", tiny.records(tmp_path / "data.jsonl")]
     arguments += ["--data.eval-size", 0, "--max-steps", 1, "--out", tmp_path / "run", "--device", "cpu", "--quiet"]
