@@ -229,11 +229,13 @@ def test_the_real_tensorboard_reads_the_events_back(model, data, tmp_path):
 # The live line
 
 
-def test_the_time_left_counts_only_the_speed_of_this_session(monkeypatch):
+def test_the_time_left_counts_only_the_steps_of_this_session(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     lines = []
     progress = Progress(200, done=100, every=1, quiet=True, write=lines.append)
+    now[0] += 500  # an evaluation before the first step
+    progress.begin()
     now[0] += 20  # ten steps of two seconds, so 90 more take three minutes, whatever the first hundred took
     progress.step(110, 1.0, 2e-4, 500, 2**30)
     assert lines == ["step 110/200  loss 1.0000  lr 2.00e-04  500 tokens/s  1.00 GiB  3m00s left"]
