@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import models
 import qlora
 from models.errors import DataError
-from tests import tiny
+from tests import tiny, tiny_roberta, tiny_t5
 from train.data import token_view
 from train.data.check import DataOptions, check, command, spread
 from train.data.examples import open_examples
@@ -338,3 +338,26 @@ def test_a_check_is_plain_data_for_a_library_caller(file, tokenizer):
     assert json.loads(json.dumps(report)) == report
     with pytest.raises(DataError, match="cannot be read"):
         command(options("nowhere.jsonl", tokenizer), terminal(False)[0])
+
+
+@pytest.mark.parametrize("made", ["t5", "roberta", "nothing"])
+def test_the_task_is_what_the_checkpoint_would_learn_of_the_records(made, tmp_path, capsys):
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {n}", "label": "ab"[n % 2]}) + "\n" for n in range(4)))
+    arguments = ["data", "check", str(path), "--json"]
+    if made == "roberta":
+        arguments += ["--tokenizer", str(tiny_roberta.checkpoint(tmp_path / "model"))]
+    if made == "t5":
+        path.write_text(json.dumps({"prompt": "x", "completion": "y"}) + "\n")
+        arguments += ["--tokenizer", str(tiny_t5.checkpoint(tmp_path / "model"))]
+    assert qlora.main(arguments) == 0
+    wanted = "seq2seq" if made == "t5" else "classification"
+    assert json.loads(capsys.readouterr().out)["task"] == wanted
+
+
+def test_a_preview_says_of_an_example_that_it_is_dropped(tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "long " * 50, "completion": "y"}) + "\n")
+    model = tiny.checkpoint(tmp_path / "model")
+    assert qlora.main(["data", "preview", str(path), "--tokenizer", str(model), "--max-len", "5"]) == 0
+    assert "long.jsonl:1: dropped, no token to learn is left within max_len=5" in capsys.readouterr().out

@@ -9,14 +9,15 @@ import difflib
 import random
 from array import array
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from models.errors import ConfigError, DataError
+from models.checkpoint import describe
+from models.errors import CheckpointError, ConfigError, DataError
 from models.target import read_run
 from models.tokenizer import Tokenizer, load_tokenizer
 from train.data.config import DataConfig
@@ -27,6 +28,7 @@ from train.data.formats import FORMATS
 from train.data.preview import headline, marked
 from train.data.records import printable
 from train.data.tokenized import Tokenized
+from train.task import TASKS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,8 +61,9 @@ class DataOptions:
     """Tokens before the first response."""
     target_max_len: int | None = None
     """Tokens of a response."""
-    task: Task = "causal"
-    """What is to be learned of them: texts by a causal or a seq2seq model, or their labels."""
+    task: Literal["auto", Task] = "auto"
+    """What is to be learned of them: texts by a causal or a seq2seq model, or their labels; auto is what the checkpoint
+    that the tokenizer is of would learn, and without one what the records have."""
     limit: int | None = None
     """check: look at so many examples only, from the front; every record is read all the same."""
     count: int = 3
@@ -92,10 +95,8 @@ class DataOptions:
 def command(options: DataOptions, console: "Console") -> dict[str, Any]:
     from train.data.check_tables import show
 
-    tokenizer = None if options.tokenizer is None else named_tokenizer(Path(options.tokenizer))
+    tokenizer = None if options.tokenizer is None else load_tokenizer(base_of(options.tokenizer))
     examples = open_examples(options.path, options.format)
-    if examples.kind not in KINDS[options.task]:
-        raise DataError(f"data: {options.path} ({examples.format}) holds {examples.kind}, which is not {options.task}")
     if options.action == "preview":
         return preview(options, examples, tokenizer, console)
     report = check(options, examples, tokenizer)
@@ -108,15 +109,35 @@ def command(options: DataOptions, console: "Console") -> dict[str, Any]:
     return report
 
 
-def named_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint, or of the base of a run."""
-    run = path / "config.toml"
-    return load_tokenizer(read_run(run)["model"] if run.exists() else path)
+def base_of(path: str) -> Path:
+    """What a run was begun from; anything else is itself."""
+    run = Path(path) / "config.toml"
+    return Path(read_run(run)["model"]) if run.exists() else Path(path)
+
+
+def decided(options: DataOptions, examples: Examples) -> DataOptions:
+    """The options with a task that these examples can be learned for."""
+    task = options.task if options.task != "auto" else task_of(options, examples)
+    if examples.kind not in KINDS[task]:
+        raise DataError(f"data: {options.path} ({examples.format}) holds {examples.kind}, which is not {task}")
+    return replace(options, task=task)
+
+
+def task_of(options: DataOptions, examples: Examples) -> Task:
+    """What is to be learned, where that is not said."""
+    able: tuple[Task, ...] = ()
+    if options.tokenizer is not None:
+        try:
+            able = TASKS[describe(base_of(options.tokenizer)).architecture]
+        except CheckpointError:  # a directory with no more than a tokenizer
+            able = ()
+    of_records: Task = "causal" if examples.kind == "text" else examples.kind
+    return of_records if of_records in able or not able else able[0]
 
 
 def check(options: DataOptions, examples: Examples, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What there is to tell of a file, as plain data."""
-    found = Findings()
+    options, found = decided(options, examples), Findings()
     for number in range(min(len(examples), options.limit or len(examples))):
         example = examples[number]
         found.take(example)
@@ -272,6 +293,7 @@ def spread(lengths: "array[int]") -> dict[str, Any]:
 
 def tokenized(example: Example, options: DataOptions, tokenizer: Tokenizer, layout: str) -> Tokenized:
     """An example's tokens; what refuses it is told with its line."""
+    assert options.task != "auto"
     try:
         return tokenize_as(example, task=options.task, tokenizer=tokenizer, config=options.config(), layout=layout)
     except DataError as error:
@@ -288,6 +310,7 @@ def preview(
 
     if tokenizer is None:
         raise ConfigError("data preview shows tokens, so it needs --tokenizer: a checkpoint, a run or a directory")
+    options = decided(options, examples)
     numbers = list(range(len(examples)))[: options.count]
     if options.seed is not None:
         count = min(options.count, len(examples))
@@ -296,9 +319,14 @@ def preview(
     console.print(f"{printable(options.path)}: {examples.format}, {len(examples)} examples", markup=False)
     if coloured:
         console.print(legend())
-    shown = []
+    shown: list[dict[str, Any]] = []
     for number in numbers:
         example = tokenized(examples[number], options, tokenizer, examples.format)
+        if not example.label_count:
+            reason = f"dropped, no token to learn is left within {limits(options.config())}"
+            console.print(f"\n--- {printable(example.where)}: {reason}", markup=False, soft_wrap=True)
+            shown.append({"where": example.where, "dropped": reason})
+            continue
         text = printable(marked(example, tokenizer))
         shown.append({"where": example.where, "text": text, "input_ids": example.input_ids, "labels": example.labels})
         console.print(f"\n{printable(headline(example))}", markup=False, soft_wrap=True)
