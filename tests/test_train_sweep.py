@@ -101,6 +101,11 @@ def test_seeds_are_a_number_from_the_settings_own_on_or_a_list_or_a_flag(sweep_f
     assert read_sweep(sweep_file(more="")).seeds == (42,)
 
 
+def test_a_grid_over_epochs_takes_the_place_of_the_settings_steps(sweep_file):
+    made = read_sweep(sweep_file(grid="[grid]\nepochs = [1, 2]\n", more=""))
+    assert [(cell.config.max_steps, cell.config.epochs) for cell in made.cells] == [(None, 1.0), (None, 2.0)]
+
+
 def test_everything_that_is_wrong_in_a_grid_is_listed_at_once(sweep_file):
     path = sweep_file(
         'max_stps = 4\n[grid]\n"lora.rnk" = [1, 2]\n"lora.rank" = [8, "many", 0]\nseed = [1]\n"lora.alpha" = 3\n'
