@@ -4,7 +4,9 @@ This knows nothing of the simulation: the events come from the allocator, from i
 has real, random weights.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -12,7 +14,9 @@ from train.planner.layers import with_layers
 from train.planner.simulation import own_workspaces
 from train.planner.step import Job, prepared, steps_taken
 
-MARK = "steps that are measured"
+MARK = "what is measured"
+
+T = TypeVar("T")
 
 
 def measured_peak(job: Job, device: str = "cpu") -> int:
@@ -36,10 +40,15 @@ def peak_of_tensors(job: Job, device: torch.device) -> int:
         steps_taken(stepper, job.accumulation)
         return torch.cuda.max_memory_allocated(device) - before
 
+    return allocated_at_once(lambda: prepared(job, device), lambda stepper: steps_taken(stepper, job.accumulation))
+
+
+def allocated_at_once(prepare: Callable[[], T], work: Callable[[T], object]) -> int:
+    """The most bytes on a CPU that were there at once while `work` was done, of what both have allocated."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        stepper = prepared(job, device)
+        made = prepare()
         with torch.profiler.record_function(MARK):
-            steps_taken(stepper, job.accumulation)
+            work(made)
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
