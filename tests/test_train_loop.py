@@ -1,12 +1,10 @@
 """The loop on a toy model: what a step is, what is written down, and what stops a run."""
 
 import os
-import random
 import signal
 import threading
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,7 @@ from train.loop import BatchSource, LoopConfig, train
 from train.optimizer import OptimizerConfig
 from train.progress import Progress
 from train.run import Run, read_metrics
-from train.seed import seed_everything, seed_step
+from train.seed import seed_everything
 from train.snapshot import newest_snapshot
 from train.step import update
 
@@ -564,14 +562,3 @@ def test_one_seed_decides_all_three_generators():
     first, again, other = draw(2**40 + 1), draw(2**40 + 1), draw(2**40 + 2)
     assert first == again
     assert all(a != b for a, b in zip(first, other, strict=True))
-
-
-def test_a_step_draws_what_its_seed_and_number_say_and_no_other_step_does():
-    def drawn(seed, step):
-        seed_step(seed, step)
-        return tuple(torch.rand(3).tolist()), random.random(), float(np.random.rand())
-
-    pairs = [(0, 1), (0, 2), (1, 1), (1, 2), (11, 1), (1, 11)]
-    found = [drawn(*pair) for pair in pairs]
-    assert all(len(set(column)) == len(pairs) for column in zip(*found, strict=True))
-    assert [drawn(*pair) for pair in pairs] == found

@@ -71,7 +71,7 @@ def toss(device):
 def add_gradients(device):
     x = torch.ones(10_000, device=device, requires_grad=True)
     y = x * 2
-    torch.autograd.backward([y.exp() + y.sin()], [torch.ones(10_000, device=device)])
+    torch.autograd.backward([y * 3 + y * 4 + y * 5], [torch.ones(10_000, device=device)])
 
 
 @pytest.mark.parametrize("work", [toss, add_gradients])

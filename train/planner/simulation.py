@@ -9,6 +9,8 @@ takes another way on each type of device, the way of the device that is planned 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ aten = torch.ops.aten
 
 LOGITS = "logits"
 DECODED = "decoded weights"
+CPUINFO = Path("/proc/cpuinfo")
 CUDA_GRANULARITY = 512  # bytes that torch's allocator gives at least, and in multiples of which it counts
 LARGEST_WITH_VALUES = 2**22  # entries of a tensor of integers that is worth computing
 
@@ -247,8 +250,13 @@ Temporary = Callable[..., int]
 
 
 def drawn_as_integers(x: Tensor, *_: Any, **__: Any) -> int:
-    """On a CPU, the library that draws coin tosses writes 32-bit integers."""
-    return 0 if x.dtype == torch.int32 else 4 * x.numel()
+    """On Intel's CPUs torch has their own library draw coin tosses, which writes 32-bit integers."""
+    return 4 * x.numel() if intel() and x.dtype != torch.int32 else 0
+
+
+@cache
+def intel() -> bool:
+    return CPUINFO.exists() and "GenuineIntel" in CPUINFO.read_text()
 
 
 TEMPORARIES: dict[tuple[str, Any], Temporary] = {
