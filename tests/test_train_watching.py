@@ -103,7 +103,10 @@ def test_a_model_in_training_mode_is_given_back_in_it(model, data, tmp_path):
     finetuning.model.train()
     write = sampler(finetuning.config, finetuning.model, finetuning.tokenizer, finetuning.data.held_out, finetuning.run)
     assert write is not None
+    modes = []
+    finetuning.model.get_submodule("model.norm").register_forward_hook(lambda m, *_: modes.append(m.training))
     assert len(write(7)) == 1
+    assert set(modes) == {False}  # answers are given without dropout
     assert finetuning.model.training
 
 
@@ -236,7 +239,9 @@ def test_the_time_left_counts_only_the_steps_of_this_session(monkeypatch):
     progress = Progress(200, done=100, every=1, quiet=True, write=lines.append)
     now[0] += 500  # an evaluation before the first step
     progress.begin()
-    now[0] += 20  # ten steps of two seconds, so 90 more take three minutes, whatever the first hundred took
+    now[0] += 2
+    progress.begin()
+    now[0] += 18  # ten steps of two seconds, so 90 more take three minutes, whatever the first hundred took
     progress.step(110, 1.0, 2e-4, 500, 2**30)
     assert lines == ["step 110/200  loss 1.0000  lr 2.00e-04  500 tokens/s  1.00 GiB  3m00s left"]
 
