@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train.files
-from models.errors import ConfigError
+from models.errors import ConfigError, WriteError
 from train.config import read_config
 from train.files import append_line, write_whole
 from train.loop import LoopConfig
@@ -163,3 +163,9 @@ def test_peak_memory_counts_bytes_and_never_falls():
     del ballast
     slack = 2**21  # Linux keeps its counters by processor and adds them up when it likes
     assert 2**25 < before <= during + slack <= peak_memory_bytes() + 2 * slack < 2**40
+
+
+def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="file/run cannot be written: Not a directory; make room, or give another"):
+        Run.create(tmp_path / "file" / "run", LoopConfig(max_steps=1))

@@ -1,15 +1,15 @@
-"""One process at a time writes a run: a lock that the system lets go of when its holder ends, however it ends."""
+"""One process at a time: a lock on a file that the system lets go of when its holder ends, however it ends."""
 
 import os
 from pathlib import Path
 
-from models.errors import ConfigError
 
-LOCK = ".lock"
+class Held(Exception):
+    """Another process has the lock."""
 
 
-def lock(directory: Path) -> int | None:
-    """Take a run's directory, or refuse if another process has it; `unlock` takes what comes back.
+def lock(path: Path) -> int | None:
+    """Take the lock of a file, which is made, or raise Held; `unlock` takes what comes back.
 
     None comes where the system or the file system has no locks; there nobody is kept out.
     """
@@ -17,14 +17,12 @@ def lock(directory: Path) -> int | None:
         import fcntl
     except ImportError:  # Windows
         return None
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ConfigError(
-            f"{directory} is being written by a process that is still running; wait for it, or stop it first"
-        ) from None
+        raise Held(f"{path} is held by another process") from None
     except OSError:  # a file system without locks
         os.close(descriptor)
         return None
@@ -32,6 +30,6 @@ def lock(directory: Path) -> int | None:
 
 
 def unlock(descriptor: int | None) -> None:
-    """Let others have the directory."""
+    """Let others have it."""
     if descriptor is not None:
         os.close(descriptor)

@@ -28,11 +28,12 @@ from typing import Any
 
 import torch
 
-from models.errors import CheckpointError, ConfigError
+from models.errors import CheckpointError, ConfigError, WriteError
 from train.files import TEMPORARY, append_line, cut_back, sync_file, write_whole
-from train.lock import LOCK, lock, unlock
+from train.lock import Held, lock, unlock
 from train.toml import to_toml
 
+LOCK = ".lock"
 JOURNALS = ("metrics.jsonl", "timing.jsonl", "eval/samples.jsonl")
 FILES = ("env.json", "log.txt", *JOURNALS, "STATUS", "save")
 FOLDERS = ("data", "checkpoints", "adapter", "model", "eval", "plots", "nonfinite", "tensorboard")
@@ -79,9 +80,15 @@ class Run:
         """
         run = cls(directory)
         check_free(run.directory, overwrite)
-        run.directory.mkdir(parents=True, exist_ok=True)
-        run.hold()
-        run.begin(config, device=device, argv=argv, data=data, base=base)
+        try:
+            run.directory.mkdir(parents=True, exist_ok=True)
+            run.hold()
+            run.begin(config, device=device, argv=argv, data=data, base=base)
+        except OSError as error:
+            raise WriteError(
+                f"the run directory {run.directory} cannot be written: {error.strerror}; "
+                "make room, or give another --out"
+            ) from error
         return run
 
     @classmethod
@@ -203,7 +210,13 @@ class Run:
     def hold(self) -> None:
         """Keep other processes out, until the outermost `with` is left."""
         if self.held is None:
-            self.held = lock(self.directory)
+            try:
+                self.held = lock(self.directory / LOCK)
+            except Held:
+                raise ConfigError(
+                    f"{self.directory} is being written by a process that is still running; wait for it, "
+                    "or stop it first"
+                ) from None
 
     @contextmanager
     def untouched(self) -> Iterator["Run"]:

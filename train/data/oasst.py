@@ -105,6 +105,11 @@ class Forest:
         else:
             self.children.setdefault(parent, []).append((place, number, id))
 
+    def orphans(self) -> list[int]:
+        """The replies whose message is not in the file; what was said in answer to them is lost with them."""
+        replies = [reply for parent, found in self.children.items() if parent not in self.numbers for reply in found]
+        return sorted(number for _, number, _ in replies)
+
     def threads(self) -> dict[int, list[int]]:
         """By the row of each question, the rows of its conversation up to the last answer; none if there is none."""
         found = {}

@@ -102,6 +102,8 @@ class Scan:
         for root, thread in threads.items():
             if not thread:
                 self.skip("questions without an answer", sources.where(root))
+        for number in self.forest.orphans():
+            self.skip("replies to messages that the file does not have", sources.where(number))
         self.places.take([thread for thread in threads.values() if thread])
 
 

@@ -19,6 +19,7 @@ import torch
 from models.errors import Refusal
 from train.config import read_config
 from train.files import write_whole
+from train.lock import Held, lock, unlock
 from train.memory import reset_peak_memory
 from train.preparation import prepare
 from train.recipe import RunConfig
@@ -148,16 +149,16 @@ def beside(sweep: Sweep, cell: Cell, ending: str) -> Path:
 @contextmanager
 def taken(path: Path) -> Iterator[bool]:
     """Hold the lock while the block lasts; False if another process has it."""
-    import fcntl  # not on Windows
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    try:
+        held = lock(path)
+    except Held:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        unlock(held)
 
 
 def first_line(error: BaseException) -> str:
