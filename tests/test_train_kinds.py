@@ -297,3 +297,14 @@ def test_weights_that_are_stored_in_4_bits_cannot_all_be_trained(folder, tmp_pat
     given = arguments(folder, "causal", tmp_path / "run", "--model", str(tmp_path / "q"), *METHODS["full"])
     assert "is stored in 4 bits, and those cannot be trained" in told(capsys, *given, code=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_says_what_its_data_set_means_to_be_passed_over(tmp_path, capsys):
+    data = tmp_path / "hh.jsonl"
+    talk = "\n\nHuman: Name colour {0}.\n\nAssistant: Colour {0} is blue."
+    texts = [talk.format(n) for n in range(6)] + ["\n\nHuman: And nobody answers."]
+    data.write_text("".join(json.dumps({"chosen": text, "rejected": text}) + "\n" for text in texts))
+    arguments = ["--model", str(tiny.checkpoint(tmp_path / "model")), "--data.path", str(data), "--max-steps", "1"]
+    arguments += ["--out", str(tmp_path / "run"), "--dtype", "float32", "--lora.rank", "2", "--quiet"]
+    assert qlora.main(["train", *arguments, "--data.eval-size", "1"]) == 0
+    assert "passed over: 1 chosen texts that do not end with an answer" in capsys.readouterr().out

@@ -23,8 +23,9 @@ from models.fingerprint import fingerprint
 from tests import tiny
 from tests.killing import Killer
 from train.checkpoint import checkpoints, problem
-from train.lock import lock, unlock
+from train.lock import Held, lock, unlock
 from train.optimizer import NAMES
+from train.run import Run
 
 STEPS = 5
 SAME = ("metrics.jsonl", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "data/manifest.json")
@@ -365,11 +366,14 @@ def test_a_directory_that_is_no_run_is_refused(killer, tmp_path):
 
 
 def test_a_lock_keeps_others_out_until_it_is_let_go(tmp_path):
-    held = lock(tmp_path)
+    held = lock(tmp_path / ".lock")
+    with pytest.raises(Held, match="is held by another process"):
+        lock(tmp_path / ".lock")
+    (tmp_path / "config.toml").touch()
     with pytest.raises(ConfigError, match="is being written by a process that is still running"):
-        lock(tmp_path)
+        Run.reopen(tmp_path)
     unlock(held)
-    unlock(lock(tmp_path))
+    unlock(lock(tmp_path / ".lock"))
 
 
 def test_a_fingerprint_sees_names_sizes_and_both_ends_of_weights(tmp_path):

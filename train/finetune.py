@@ -60,6 +60,7 @@ def opening(finetuning: Finetuning, given: RunConfig) -> list[str]:
         f"{manifest['file']}: {manifest['format']} records, {manifest['train']} to train on, "
         f"{manifest['held_out']} held out, {manifest['dropped']} dropped; {learned(manifest)}"
     ]
+    lines += [f"passed over: {count} {reason}" for reason, count in manifest["passed_over"].items()]
     if config.task in HEADS:
         lines.append(head(finetuning, given))
     lines += finetuning.data.warnings
