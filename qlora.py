@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(name: str, arguments: list[str]) -> int:
     from rich.console import Console
 
+    from models.device import is_out_of_memory
     from models.errors import Refusal
     from train.config import parse
-    from train.planner.advice import is_out_of_memory
 
     verb = VERBS[name]
     module = importlib.import_module(verb.module)

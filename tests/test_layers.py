@@ -74,7 +74,7 @@ def test_no_hugging_face_package_but_safetensors_is_required():
 
 def test_importing_the_library_needs_only_its_core():
     """What only some runs use is imported where it is used: a second and 100 MB less for all the others."""
-    later = ["tiktoken", "gguf", "tyro", "rich", "matplotlib", "triton", "torch._dynamo"]
+    later = ["tiktoken", "gguf", "tyro", "rich", "matplotlib", "rouge_score", "nltk", "triton", "torch._dynamo"]
     code = f"import sys, nf4, kernels, models, train; print(*set({later}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import qlora
+from models.device import is_out_of_memory
 from tests import tiny
 from train import preparation
-from train.planner.advice import advised, available, is_out_of_memory
+from train.planner.advice import advised, available
 from train.planner.sizes import SIZES
 
 SMALL = {

@@ -20,10 +20,10 @@ import pytest
 import qlora
 from models.errors import ConfigError
 from models.fingerprint import fingerprint
+from models.lock import Held, lock, unlock
 from tests import tiny
 from tests.killing import Killer
 from train.checkpoint import checkpoints, problem
-from train.lock import Held, lock, unlock
 from train.optimizer import NAMES
 from train.run import Run
 

@@ -7,10 +7,10 @@ import platform
 import pytest
 import torch
 
-import train.files
+import models.files
 from models.errors import ConfigError, WriteError
+from models.files import append_line, write_whole
 from train.config import read_config
-from train.files import append_line, write_whole
 from train.loop import LoopConfig
 from train.memory import peak_memory_bytes
 from train.run import Run, read_metrics
@@ -68,7 +68,7 @@ def test_each_line_is_one_write(tmp_path, monkeypatch):
             written.append(data)
             return len(data)
 
-    monkeypatch.setattr(train.files, "open", lambda *_, **__: Recorder(), raising=False)
+    monkeypatch.setattr(models.files, "open", lambda *_, **__: Recorder(), raising=False)
     append_line(tmp_path / "x", "a line")
     assert written == [b"a line\n"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import CheckpointError
-from train.files import sync_file, write_whole
+from models.files import sync_file, write_whole
 
 MANIFEST = "MANIFEST.json"
 ASIDE = ".tmp-"

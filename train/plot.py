@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from models.errors import ConfigError
-from train.files import write_whole
+from models.files import write_whole
 from train.run import read_metrics
 
 if TYPE_CHECKING:

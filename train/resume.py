@@ -14,9 +14,9 @@ from tyro.conf import Positional
 
 from models.device import pick_device
 from models.errors import ConfigError
+from models.files import TEMPORARY
 from models.fingerprint import fingerprint
 from train.config import read_config
-from train.files import TEMPORARY
 from train.finetune import introduce, outcome
 from train.preparation import Finetuning, prepare
 from train.recipe import RunConfig

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from models.errors import CheckpointError, ConfigError, WriteError
-from train.files import TEMPORARY, append_line, cut_back, sync_file, write_whole
-from train.lock import Held, lock, unlock
+from models.files import TEMPORARY, append_line, cut_back, sync_file, write_whole
+from models.lock import Held, lock, unlock
 from train.toml import to_toml
 
 LOCK = ".lock"

@@ -6,8 +6,8 @@ was chosen.
 
 import re
 
+from eval.data.records import Record, kind
 from train.data.example import Example, Message, PassedOver, conversation, exchange, text_of
-from train.data.records import Record, kind
 
 CHAT_ROLES = {
     "system": "system",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
+from eval.data.records import printable
 from models.checkpoint import describe
 from models.errors import CheckpointError, ConfigError, DataError
 from models.target import read_run
@@ -26,7 +27,6 @@ from train.data.example import Example
 from train.data.examples import Examples, open_examples
 from train.data.formats import FORMATS
 from train.data.preview import headline, marked
-from train.data.records import printable
 from train.data.tokenized import Tokenized
 from train.task import TASKS
 

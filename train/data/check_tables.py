@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from train.data.records import printable
+from eval.data.records import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

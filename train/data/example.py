@@ -8,7 +8,7 @@ nothing can be learned from.
 from dataclasses import dataclass
 from typing import Literal
 
-from train.data.records import Record, kind
+from eval.data.records import Record, kind
 
 Message = dict[str, str]
 Kind = Literal["text", "classification", "regression"]

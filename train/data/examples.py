@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
+from eval.data.records import RecordFile, beginning
 from models.errors import DataError
 from train.data import glue
 from train.data.class_formats import class_names, class_of
 from train.data.example import Example, Kind
 from train.data.formats import FORMATS, known
 from train.data.oasst import read_thread
-from train.data.records import RecordFile, beginning
 from train.data.scan import Scan, Skipped, Sources, parts
 
 __all__ = ["Examples", "FileFacts", "Kind", "open_examples"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 
+from eval.data.records import Record, printable
 from models.errors import ConfigError
 from train.data import chat_formats, class_formats, glue, instruction_formats, oasst, superni
 from train.data.example import Example, Kind, Message
-from train.data.records import Record, printable
 
 __all__ = ["FORMATS", "Example", "Format", "Message", "detect", "fits", "known", "misfit"]
 

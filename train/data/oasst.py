@@ -8,8 +8,8 @@ not pass review are passed over, and with them what was said in reply.
 from dataclasses import dataclass, field
 from typing import Any
 
+from eval.data.records import Record, kind
 from train.data.example import Example, Message, PassedOver, conversation, objects, text_of
-from train.data.records import Record, kind
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from eval.data.records import Record, RecordFile
+from eval.data.tables import WrongWidth
 from models.errors import DataError
 from train.data.class_formats import class_of
 from train.data.example import PassedOver
 from train.data.formats import FORMATS, Format, detect, fits, misfit
 from train.data.oasst import Forest
-from train.data.records import Record, RecordFile
-from train.data.tables import WrongWidth
 
 SHOWN = 5  # problems that a refusal lists; it gives the number of the others
 

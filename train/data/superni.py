@@ -8,9 +8,9 @@ without any is passed over.
 from string import punctuation
 from typing import Any
 
+from eval.data.json_records import ITEMS
+from eval.data.records import Record, kind
 from train.data.example import Example, PassedOver, exchange, joined, objects, text_of
-from train.data.json_records import ITEMS
-from train.data.records import Record, kind
 
 POSITIVES = "Positive Examples"
 SHOTS = 2

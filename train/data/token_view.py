@@ -9,8 +9,8 @@ from itertools import cycle
 
 from rich.text import Text
 
+from eval.data.records import printable
 from models.tokenizer import Tokenizer
-from train.data.records import printable
 from train.data.tokenized import IGNORED, Tokenized
 
 LEARNED = ("black on green", "black on bright_green")

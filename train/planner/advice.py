@@ -7,17 +7,10 @@ from typing import Any
 
 import torch
 
-from models.device import pick_device
+from models.device import is_out_of_memory, pick_device
 from models.errors import Refusal
 from train.planner.gpus import CONTEXT
 from train.planner.switches import suggestion
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Did an allocation fail? On a CPU torch has no error of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 @contextmanager

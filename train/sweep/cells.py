@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 
 from models.errors import Refusal
+from models.files import write_whole
+from models.lock import Held, lock, unlock
 from train.config import read_config
-from train.files import write_whole
-from train.lock import Held, lock, unlock
 from train.memory import reset_peak_memory
 from train.preparation import prepare
 from train.recipe import RunConfig

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from train.files import write_whole
+from models.files import write_whole
 from train.plot import measured
 from train.run import read_metrics
 from train.sweep.cells import failure, settings, state

@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from eval.data.stream import LONGEST, Found, Stream
 from models.errors import DataError
-from train.data.stream import LONGEST, Found, Stream
 
 DECODER = json.JSONDecoder()
 WHITE = " \t\n\r"

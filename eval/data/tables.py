@@ -8,8 +8,8 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from eval.data.stream import LONGEST, Found, Stream
 from models.errors import DataError
-from train.data.stream import LONGEST, Found, Stream
 
 csv.field_size_limit(2**31 - 1)  # its default would refuse a text of more than 128 KiB
 

@@ -15,10 +15,10 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from eval.data.json_records import ITEMS, json_lines, json_list, json_object
+from eval.data.stream import Found, Stream
+from eval.data.tables import plain_fields, plain_rows, row_of, rows
 from models.errors import DataError
-from train.data.json_records import ITEMS, json_lines, json_list, json_object
-from train.data.stream import Found, Stream
-from train.data.tables import plain_fields, plain_rows, row_of, rows
 
 Record = dict[str, Any]
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from eval.data import json_records, stream
+from eval.data.records import RecordFile, printable
 from models.errors import ConfigError, DataError
-from train.data import json_records, stream
 from train.data.examples import open_examples
-from train.data.records import RecordFile, printable
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 json_values = st.recursive(
@@ -192,7 +192,7 @@ def test_an_error_near_the_front_of_a_large_list_is_told_without_reading_it_all(
 def test_a_record_without_an_end_does_not_fill_the_memory(folder, monkeypatch, content, name):
     for module in (stream, json_records):
         monkeypatch.setattr(module, "LONGEST", 5000)
-    monkeypatch.setattr("train.data.tables.LONGEST", 5000)
+    monkeypatch.setattr("eval.data.tables.LONGEST", 5000)
     monkeypatch.setattr(json_records, "WINDOW", 1000)
     with pytest.raises(DataError, match=rf"{name}:[12]: a record that begins here has no end within"):
         scanned(written(folder, content, name))

@@ -1,0 +1,1 @@
+"""Chatbots compared: questions answered, answers judged by models and people, verdicts counted."""

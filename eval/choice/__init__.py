@@ -1,0 +1,1 @@
+"""Multiple choice by likelihood: the answer that a model finds most probable."""

@@ -1,0 +1,1 @@
+"""The records of data files, for evaluation and for training."""

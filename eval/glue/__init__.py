@@ -1,0 +1,1 @@
+"""GLUE, for models that label texts and for models that write."""

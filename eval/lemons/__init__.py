@@ -1,0 +1,1 @@
+"""Lemon-picking: prompts that show how a chatbot fails."""

@@ -1,0 +1,1 @@
+"""MMLU: 57 subjects of multiple choice, by three protocols."""

@@ -1,0 +1,1 @@
+"""Super-NaturalInstructions: prompts, metrics and splits of Tk-Instruct."""
