@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -63,21 +63,36 @@ def generation(
     stop: tuple[str, ...] = (),
     sampling: Sampling = Sampling(),
     seed: int | None = None,
+    keep: Literal["end", "start"] = "end",
+    room: int | None = None,
 ) -> Generate:
-    """The question what a model writes after a prompt, of which the end is kept where it is too long."""
-    ids = examinee.prompted(prompt)
-    room = examinee.max_tokens - (0 if examinee.architecture == "t5" else max_new_tokens)
-    if room < 1:
-        raise DataError(f"{max_new_tokens} tokens are to be written, but the model takes {examinee.max_tokens} at once")
+    """The question what a model writes after a prompt.
+
+    Of a prompt that there is no room for, the end is kept, or the start (and a T5's end-of-text id). `room` is the
+    most tokens of the prompt, where that is to be less than the model takes.
+    """
+    ids, most = examinee.prompted(prompt), prompt_room(examinee, max_new_tokens)
+    most = most if room is None else min(most, room)
+    kept = ids[-most:] if keep == "end" else ids[:most]
+    if examinee.architecture == "t5":
+        kept = [*kept[:-1], ids[-1]]
     return Generate(
-        ids=tuple(ids[-room:]),
+        ids=tuple(kept),
         max_new_tokens=max_new_tokens,
         stop=stop,
         sampling=sampling,
         seed=seed,
         prompt=prompt,
-        cut=max(0, len(ids) - room),
+        cut=len(ids) - len(kept),
     )
+
+
+def prompt_room(examinee: Examinee, max_new_tokens: int) -> int:
+    """The most tokens of a prompt, so that a model can read it and write so many more; a T5 writes them elsewhere."""
+    room = examinee.max_tokens - (0 if examinee.architecture == "t5" else max_new_tokens)
+    if room < 1:
+        raise DataError(f"{max_new_tokens} tokens are to be written, but the model takes {examinee.max_tokens} at once")
+    return room
 
 
 @torch.inference_mode()

@@ -6,8 +6,9 @@ was chosen.
 
 import re
 
+from eval.data.fields import text_of
 from eval.data.records import Record, kind
-from train.data.example import Example, Message, PassedOver, conversation, exchange, text_of
+from train.data.example import Example, Message, PassedOver, conversation, exchange
 
 CHAT_ROLES = {
     "system": "system",

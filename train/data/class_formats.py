@@ -5,8 +5,9 @@ Names are numbered in sorted order, over all of the file. Numbers stay as they a
 
 import math
 
+from eval.data.fields import text_of
 from eval.data.records import Record, kind
-from train.data.example import Example, exchange, text_of
+from train.data.example import Example, exchange
 
 TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text",), ("sentence",))
 CLASS_KEYS = tuple((*texts, "label") for texts in TEXTS)

@@ -9,7 +9,8 @@ class DataConfig:
     """What to train on, and what of it."""
 
     path: str
-    """File of records: JSON, JSONL, CSV or TSV."""
+    """File of records, or a directory of such files: JSON, JSONL, CSV or TSV. A clone of allenai/natural-instructions
+    stands for its training tasks."""
     format: str | None = None
     """Layout of the records; found from their keys by default."""
     template: Literal["plain", "chat"] = "plain"
@@ -24,6 +25,8 @@ class DataConfig:
     """Tokens before the first response; their beginning is cut, since their end is nearest to the answer."""
     target_max_len: int | None = None
     """Tokens of a response, its end-of-text id included; what is beyond is cut."""
+    per_task: int | None = None
+    """Instances that a Super-NaturalInstructions task is learned from, drawn by the seed; all by default."""
     eval_size: int | float = 0.1
     """Examples held out: a share below 1, or a number."""
     group_by_length: bool = True
@@ -41,6 +44,8 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ValueError(f"{name} is {value}; at least 2 tokens are needed")
+        if self.per_task is not None and self.per_task < 1:
+            raise ValueError(f"per_task is {self.per_task}; a task needs at least 1 instance")
         if self.pack and self.max_len is None:
             raise ValueError("pack needs max_len, the length of the rows to fill")
         if not self.eval_size >= 0:

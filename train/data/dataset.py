@@ -21,6 +21,7 @@ from train.data import causal, labelled, seq2seq
 from train.data.config import DataConfig
 from train.data.examples import Examples, Kind, open_examples
 from train.data.formats import Example
+from train.data.settled import settled
 from train.data.split import split
 from train.data.survey import CUT_PROMPT, CUT_RESPONSE, ENDS, Survey, survey
 from train.data.tokenized import Tokenized
@@ -107,6 +108,8 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, task: Task = "causal") -
     if config.pack and task != "causal":
         raise ConfigError(f"data: only a causal language model can learn packed rows, not {task}; set data.pack=false")
     examples = open_examples(config.path, config.format)
+    if config.per_task is not None:
+        examples.keep(config.per_task, config.seed)
     if examples.kind not in KINDS[task]:
         raise DataError(
             f"data: {config.path} ({examples.format}) holds examples of {examples.kind}, but {task} needs "
@@ -138,7 +141,8 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, task: Task = "causal") -
 
 
 def tokenize_as(example: Example, *, task: Task, tokenizer: Tokenizer, config: DataConfig, layout: str) -> Tokenized:
-    return TOKENIZE[task](example, tokenizer, config, layout)
+    """An example's ids, with what it leaves open decided."""
+    return TOKENIZE[task](settled(example, task, tokenizer, config), tokenizer, config, layout)
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:

@@ -5,10 +5,11 @@ text; a text to classify also keeps its texts and its label. The functions that 
 nothing can be learned from.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from eval.data.records import Record, kind
+from eval.room import Room
 
 Message = dict[str, str]
 Kind = Literal["text", "classification", "regression"]
@@ -34,6 +35,10 @@ class Example:
     """One text or two, to be given a label."""
     label: int | float | None = None
     """The number of their class, or a number itself."""
+    fit: Callable[[Room], str] | None = None
+    """Writes the prompt for a number of tokens, where the layout has its own rule for what to leave out of it."""
+    others: tuple[str, ...] = ()
+    """Other responses that are as good; which one is learned is drawn."""
     where: str = ""
     """File and line, for messages."""
 
@@ -69,30 +74,3 @@ def joined(prompt: str, response: str) -> str:
     """A response as it follows a prompt: behind a space, if neither brings white space."""
     apart = not prompt or prompt[-1].isspace() or response[:1].isspace()
     return response if apart else f" {response}"
-
-
-def text_of(record: Record, key: str, *, optional: bool = False, blank: bool = False) -> str:
-    """A field's text; it may be absent or null only where it is optional, and blank only where that is allowed."""
-    value = record.get(key)
-    if value is None and optional:
-        return ""
-    if key not in record:
-        raise ValueError(f"{key} is missing")
-    if not isinstance(value, str):
-        raise ValueError(f"{key} is {kind(value)}; text is needed")
-    if not (value.strip() or blank or optional):
-        raise ValueError(f"{key} is empty; write one or remove the record")
-    return value
-
-
-def objects(record: Record, key: str) -> list[Record]:
-    """A field's list of objects; it may not be empty."""
-    value = record.get(key)
-    if not isinstance(value, list):
-        raise ValueError(f"{key} is {kind(value)}; a list is needed")
-    if not value:
-        raise ValueError(f"{key} is an empty list; write at least one or remove the record")
-    for number, item in enumerate(value, 1):
-        if not isinstance(item, dict):
-            raise ValueError(f"{key}: number {number} is {kind(item)}, not an object")
-    return value

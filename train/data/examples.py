@@ -6,18 +6,21 @@ line, the first few together: a dataset that is silently half empty costs a run.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
 from eval.data.records import RecordFile, beginning
+from eval.superni.tasks import is_official, split_files
 from models.errors import DataError
 from train.data import glue
 from train.data.class_formats import class_names, class_of
 from train.data.example import Example, Kind
 from train.data.formats import FORMATS, known
 from train.data.oasst import read_thread
+from train.data.order import shuffled
 from train.data.scan import Scan, Skipped, Sources, parts
 
 __all__ = ["Examples", "FileFacts", "Kind", "open_examples"]
@@ -64,6 +67,18 @@ class Examples(Sequence[Example]):
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def keep(self, per_task: int, seed: int) -> None:
+        """Leave out all but so many instances of each Super-NaturalInstructions task, drawn by the seed."""
+        if self.format != "superni":
+            return
+        kept, counts = [], Counter[tuple[int, int]]()
+        for number in shuffled(len(self), seed, 0, "instances").tolist():
+            task = self.sources.whole(self.places[number][0][0])
+            counts[task] += 1
+            if counts[task] <= per_task:
+                kept.append(number)
+        self.places.keep(sorted(kept))
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -112,6 +127,8 @@ def data_files(path: Path) -> list[Path]:
     """The file, or the files of a directory in the order of their names."""
     if not path.is_dir():
         return [path]
+    if is_official(path):
+        return split_files(path, "train")
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     files = [file for file in files if not file.name.startswith(".")]
     if not files:

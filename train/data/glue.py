@@ -10,9 +10,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.data.fields import text_of
 from eval.data.records import Record, kind
 from models.errors import DataError
-from train.data.example import Example, exchange, text_of
+from train.data.example import Example, exchange
 
 
 @dataclass(frozen=True)

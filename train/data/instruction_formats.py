@@ -1,8 +1,9 @@
 """Layouts that say what to do and what came of it: Alpaca and its kin, and plain pairs of texts."""
 
+from eval.data.fields import objects, text_of
 from eval.data.records import Record
 from train.data.chat_formats import turns
-from train.data.example import Example, exchange, joined, objects, text_of
+from train.data.example import Example, exchange, joined
 
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

@@ -8,8 +8,9 @@ not pass review are passed over, and with them what was said in reply.
 from dataclasses import dataclass, field
 from typing import Any
 
+from eval.data.fields import objects, text_of
 from eval.data.records import Record, kind
-from train.data.example import Example, Message, PassedOver, conversation, objects, text_of
+from train.data.example import Example, Message, PassedOver, conversation
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 

@@ -140,6 +140,11 @@ class Sources:
         place = bisect_right(self.ends, row)
         return self.files[place], row - (self.ends[place - 1] if place else 0)
 
+    def whole(self, row: int) -> tuple[int, int]:
+        """What a record is an item of, by numbers: the object that its file is, or else itself."""
+        file = bisect_right(self.ends, row)
+        return file, -1 if self.files[file].form == "object" else row
+
 
 class Places:
     """Which records each example is made of: one, a part of one, or several."""
@@ -156,6 +161,12 @@ class Places:
         """Examples of several rows."""
         self.rows = array("Q", (row for thread in threads for row in thread))
         self.stops = array("Q", accumulate(map(len, threads)))
+
+    def keep(self, numbers: list[int]) -> None:
+        """Leave out all other examples, where each is one record or a part of one."""
+        assert self.stops is None
+        self.rows = array("Q", (self.rows[number] for number in numbers))
+        self.parts = array("I", (self.parts[number] for number in numbers))
 
     def __len__(self) -> int:
         return len(self.rows) if self.stops is None else len(self.stops)
