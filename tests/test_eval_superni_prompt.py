@@ -42,16 +42,19 @@ def test_every_setting_of_the_reference_shows_its_part():
     assert prompt(add_task_name=True, num_pos_examples=0) == "task1_colours. " + DEFINITION + ASKED
     assert prompt(num_neg_examples=2) == DEFINITION + FIRST + SECOND + NEGATIVE + ASKED
     explained = prompt(num_pos_examples=3, num_neg_examples=1, add_explanation=True)
-    assert explained == (
-        DEFINITION
-        + FIRST[:-1]
-        + " Explanation: It is.\n\n"
-        + SECOND[:-1]
-        + " Explanation: Look!\n\n"
-        + THIRD  # which has none
-        + NEGATIVE[:-1]
-        + " Explanation: No colour.\n\n"
-        + ASKED
+    assert (
+        explained
+        == (
+            DEFINITION
+            + FIRST[:-1]
+            + " Explanation: It is.\n\n"
+            + SECOND[:-1]
+            + " Explanation: Look!\n\n"
+            + THIRD  # which has none
+            + NEGATIVE[:-1]
+            + " Explanation: No colour.\n\n"
+            + ASKED
+        )
     )
 
 

@@ -93,6 +93,7 @@ def test_t5_and_roberta_have_their_own_task_and_adapters():
     assert (t5.task, t5.lora.rank, xl.lora.rank) == ("seq2seq", 16, 64)
     assert (t5.lora.alpha, t5.lora.dropout, xl.lora.alpha) == (64.0, 0.0, 64.0)
     assert (t5.data.source_max_len, t5.data.target_max_len, t5.optimizer.learning_rate) == (1024, 128, 5e-5)
+    assert (t5.data.per_task, t5.epochs, t5.optimizer.schedule) == (100, 2, "constant")
     assert (glue.task, glue.lora.rank, glue.lora.modules_to_save) == ("classification", 8, ("classifier",))
 
 

@@ -53,12 +53,12 @@ def score(predictions: str | Path, references: str | Path | None = None, split: 
         answers = list(baseline(str(predictions), Path(references), split))
     else:
         answers = list(read_answers(Path(predictions)))
+        if not answers:
+            raise DataError(f"data: {predictions} is empty; a row for each answer is needed")
         if references is not None:
             answers = matched(answers, list(read_references(Path(references), split)), Path(predictions))
         elif alone := next((it for it in answers if not it.references), None):
             raise ConfigError(f"{predictions}: the row of {alone.id!r} has no references; give them as the second file")
-    if not answers:
-        raise DataError(f"data: {predictions} is empty; a row for each answer is needed")
     return summary(answers)
 
 

@@ -6,7 +6,7 @@ never learn to stop.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from typing import Any, Literal, overload
@@ -21,7 +21,7 @@ from train.data import causal, labelled, seq2seq
 from train.data.config import DataConfig
 from train.data.examples import Examples, Kind, open_examples
 from train.data.formats import Example
-from train.data.settled import settled
+from train.data.settled import lost_end, settled
 from train.data.split import split
 from train.data.survey import CUT_PROMPT, CUT_RESPONSE, ENDS, Survey, survey
 from train.data.tokenized import Tokenized
@@ -142,7 +142,9 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, task: Task = "causal") -
 
 def tokenize_as(example: Example, *, task: Task, tokenizer: Tokenizer, config: DataConfig, layout: str) -> Tokenized:
     """An example's ids, with what it leaves open decided."""
-    return TOKENIZE[task](settled(example, task, tokenizer, config), tokenizer, config, layout)
+    decided = settled(example, task, tokenizer, config)
+    made = TOKENIZE[task](decided, tokenizer, config, layout)
+    return replace(made, cut_prompt=True) if lost_end(example, decided) else made
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:

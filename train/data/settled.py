@@ -31,6 +31,12 @@ def settled(example: Example, task: str, tokenizer: Tokenizer, config: DataConfi
     return replace(example, messages=made.messages, prompt=made.prompt, response=made.response)
 
 
+def lost_end(example: Example, decided: Example) -> bool:
+    """Whether the prompt that fits is without its end, so that more than examples was left out of it."""
+    whole, fitting = (it.prompt.rstrip() if it.prompt else "" for it in (example, decided))
+    return not whole.endswith(fitting[-20:])
+
+
 def drawn(texts: list[str], by: str) -> str:
     """One of several texts, by a hash."""
     number = int.from_bytes(blake2b(by.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
