@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -13,7 +14,7 @@ from tests.datafiles import write
 from tests.test_eval_superni_tasks import official, task, written
 
 SHARED = Path(os.environ["QLORA_SHARED"]) if "QLORA_SHARED" in os.environ else None
-ROWS = [  # as in predicted_examples.jsonl
+ROWS: list[dict[str, Any]] = [  # as in predicted_examples.jsonl
     {"id": "1", "Task": "t1", "Categories": ["Word Analogy"], "Instance": {"output": ["a"]}, "prediction": "A."},
     {"id": "2", "Task": "t1", "Categories": ["Word Analogy"], "Instance": {"output": ["b"]}, "prediction": "b c"},
     {"id": "3", "Task": "t2", "Categories": ["Data to Text"], "Instance": {"output": ["x y", "z"]}, "prediction": "x"},

@@ -103,7 +103,7 @@ SNOW = "Now complete the following example -\nInput: Of snow!\nOutput: "
 def learned(path, tokenizer, **settings):
     """What is read and what is to be written, of each instance."""
     task = "seq2seq" if tokenizer is T5 else "causal"
-    config = DataConfig(path=str(path), **{"eval_size": 0, **settings})
+    config = DataConfig(path=str(path), eval_size=0, **settings)
     return load_data(config, tokenizer, task).train
 
 
