@@ -17,7 +17,7 @@ from tyro.conf import Positional
 
 from eval.cache import Cache
 from eval.evaluate import evaluate, limited
-from eval.examinee import UNLIMITED, Architecture, Examinee
+from eval.examinee import UNLIMITED, Examinee
 from eval.registry import Settings, build
 from eval.results import About, as_json, sanitized, table, write
 from models import Llama
@@ -117,9 +117,7 @@ def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
 def load_examinee(options: EvalOptions, parts: Target) -> Examinee:
     """The model that is examined."""
     model, tokenizer = load_target(options.target, options.load)
-    architecture: Architecture = (
-        "llama" if isinstance(model, Llama) else "roberta" if isinstance(model, Roberta) else "t5"
-    )
+    architecture = "llama" if isinstance(model, Llama) else "roberta" if isinstance(model, Roberta) else "t5"
     return Examinee(
         tokenizer=tokenizer,
         architecture=architecture,
@@ -150,8 +148,7 @@ def write_prompts(options: EvalOptions, path: Path, console: "Console") -> dict[
     """The prompts of all tasks as they would be asked; of the target only the tokenizer is needed."""
     base = resolve(options.target, options.load).base
     tokenizer = load_tokenizer(base)
-    architecture: Architecture = "llama"
-    window = UNLIMITED
+    architecture, window = "llama", UNLIMITED
     if not base.is_dir() or (base / "config.json").exists():
         described = describe(base)
         architecture, window = described.architecture, described.config.max_tokens or UNLIMITED
