@@ -48,6 +48,18 @@ def test_an_answer_is_the_log_probability_of_the_continuation(examinee, batch_si
         assert answer[1] == greedy
 
 
+def test_logits_are_had_a_few_positions_at_a_time(examinee, monkeypatch):
+    requests = [likelihood(examinee, *texts) for texts in TEXTS]
+    whole = answer_all(examinee, requests)
+    monkeypatch.setattr("eval.scoring.POSITIONS", 3)
+    rows = []
+    head = examinee.model.head
+    monkeypatch.setattr(examinee.model, "head", lambda hidden: (rows.append(len(hidden)), head(hidden))[1])
+    for part, answer in zip(answer_all(examinee, requests), whole, strict=True):
+        assert part == [pytest.approx(answer[0], rel=1e-6), answer[1]]
+    assert max(rows) == 3
+
+
 def test_what_greedy_decoding_writes_is_greedy(examinee):
     context = examinee.tokenizer.encode("It is")
     rows = models.generate(examinee.model, torch.tensor([context]), max_new_tokens=4, eos_token_id=-1)
