@@ -212,12 +212,16 @@ def test_a_source_has_1024_tokens_at_most_and_a_t5s_ends(tmp_path):
     path = written(tmp_path, t=long)
     found = asked(suite(path, T5), examinee=T5)
     assert len(found.ids) == 1024
+    whole = "Definition: Say which colour is meant. Now complete the following example - Input: "
+    assert found.cut == len(T5.prompted(whole + "one two three " * 699 + "one two three. Output:")) - 1024
     assert found.ids[-1] == T5.tokenizer.eos_token_id
     assert found.prompt.startswith("Definition: Say which colour is meant. Now complete")  # a T5 knows no line ends
     assert list(found.ids[:1000]) == T5.tokenizer.encode(found.prompt)[:1000]
     assert len(asked(suite(path)).ids) <= 1024
     small = replace(BPE, max_tokens=200)  # of which 128 are for the answer
     assert len(asked(suite(path, small), examinee=small).ids) <= 72
+    short = written(tmp_path / "short", t=task())
+    assert (asked(suite(short, small), examinee=small).cut, asked(suite(short)).cut) == (0, 0)
     with pytest.raises(DataError, match="128 tokens are to be written, but the model takes 128 at once"):
         asked(suite(path), examinee=replace(BPE, max_tokens=128))
 
@@ -245,9 +249,11 @@ def test_predictions_are_written_to_one_file_as_the_reference_does(tmp_path):
     old = tmp_path / "out" / PREDICTIONS
     old.parent.mkdir()
     old.write_text("an earlier evaluation's\n")
+    paths = []
     for it in found.tasks:
         answers = [[f" {it.alias} {n}\n"] for n in range(len(it.documents))]
-        assert it.write(old.parent, it.documents, answers) == [old]
+        paths += it.write(old.parent, it.documents, answers)
+    assert paths == [old]
     rows = [json.loads(line) for line in old.read_text().splitlines()]
     assert [(row["Task"], row["id"], row["prediction"]) for row in rows] == [
         ("a", "i0", "a 0"),

@@ -45,15 +45,16 @@ class Predictions:
 
     begun: set[Path] = field(default_factory=set)
 
-    def write(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
-        """Add a task's rows; the first ones replace what an earlier evaluation left."""
+    def write(self, path: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
+        """Add a task's rows; the first ones replace what an earlier evaluation left. The file is named once."""
         lines = [json.dumps(row) for row in rows]
         if path not in self.begun:
             write_whole(path, "".join(f"{line}\n" for line in lines))
             self.begun.add(path)
-        else:
-            for line in lines:
-                append_line(path, line)
+            return [path]
+        for line in lines:
+            append_line(path, line)
+        return []
 
 
 class SuperNITask(Task):
@@ -81,7 +82,9 @@ class SuperNITask(Task):
         chat = examinee.chat and not t5
         most = prompt_room(examinee, MAX_TARGET) - (len(examinee.opened("")) if chat else 0)
         room = Room(examinee.tokenizer, min(MAX_SOURCE, most), eos=t5)
-        prompt = task_prompt(self.task.head, document["Instance"]["input"], self.encoding, room)
+        given = document["Instance"]["input"]
+        prompt = task_prompt(self.task.head, given, self.encoding, room)
+        bare = task_prompt(self.task.head, given, replace(self.encoding, num_pos_examples=0, num_neg_examples=0))
         asked = generation(
             examinee,
             prompt.strip(),
@@ -90,7 +93,8 @@ class SuperNITask(Task):
             keep="end" if chat else "start",
             room=None if chat else room.max_tokens,
         )
-        return [replace(asked, prompt=prompt)]
+        lost = len(room.encode(bare)) - room.max_tokens  # examples that are left out are no loss
+        return [replace(asked, prompt=prompt, cut=max(0, lost))]
 
     def score(self, document: Document, answers: Sequence[Any]) -> dict[str, Any]:
         return scores(answers[0].strip(), document["Instance"]["output"])
@@ -104,8 +108,7 @@ class SuperNITask(Task):
             {**self.task.head, **document, "prediction": given[0].strip()}
             for document, given in zip(documents, answers, strict=True)
         ]
-        self.predictions.write(directory / PREDICTIONS, rows)
-        return [directory / PREDICTIONS]
+        return self.predictions.write(directory / PREDICTIONS, rows)
 
 
 def build(spec: Spec) -> Suite:
