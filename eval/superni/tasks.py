@@ -106,7 +106,7 @@ def read_task(path: Path, most: int = INSTANCES) -> TaskFile:
             if not isinstance(given, list):
                 raise ValueError(f"{ITEMS} is {kind(given)}; a task has a list of them")
             head = head or {"Task": path.stem, **{key: value for key, value in record.items() if key != ITEMS}}
-            for item in given[: most - len(instances)]:
+            for item in given[:most]:
                 instances.append(instance(item, f"{path.stem}-{len(instances)}"))
         except DataError:
             raise
