@@ -15,7 +15,8 @@ def macro_f1(pairs: Sequence[Sequence[str]]) -> float:
     >>> round(macro_f1([("yes", "yes"), ("yes", "no"), ("no", "no")]), 4)
     0.6667
     """
-    return float(scores(*numbers(pairs)).item())
+    right, said = numbers(pairs)
+    return scores(right[None], said[None]).item()
 
 
 def stderr(pairs: Sequence[Sequence[str]]) -> float | None:
@@ -31,8 +32,8 @@ def numbers(pairs: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scores(right: np.ndarray, said: np.ndarray) -> np.ndarray:
-    """(..., documents) -> (...): macro F1 of each row."""
-    total, present = np.zeros(right.shape[:-1]), np.zeros(right.shape[:-1])
+    """(rows, documents) -> (rows,): macro F1 of each row."""
+    total, present = np.zeros(len(right)), np.zeros(len(right))
     for name in range(max(right.max(), said.max()) + 1):
         here, there = right == name, said == name
         both = 2.0 * (here & there).sum(-1)

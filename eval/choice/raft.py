@@ -79,8 +79,7 @@ class Raft(Task):
         longest = max(self.labels, key=lambda label: len(examinee.tokenizer.encode(f" {label}")))
         while True:
             prompt = f"{self.instructions}{''.join(shown)}{fields(document)}\nLabel:"
-            before, after = examinee.pair(prompt, f" {longest}")
-            if not shown or len(before) + len(after) <= examinee.max_tokens:
+            if not shown or not likelihood(examinee, prompt, f" {longest}").cut:
                 return prompt
             del shown[0]
 
