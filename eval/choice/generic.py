@@ -62,9 +62,10 @@ def document(record: Document) -> Document:
     >>> document({"question": "Two and two?", "choices": ["four", "five"], "answer": "A"})
     {'query': 'Question: Two and two?\\nAnswer:', 'choices': ['four', 'five'], 'gold': 0}
     """
-    query = text(record, "context") if "context" in record else ""
+    parts = [text(record, "context")] if "context" in record else []
     if "question" in record:
-        query += f"{query and chr(10)}Question: {text(record, 'question')}\nAnswer:"
+        parts.append(f"Question: {text(record, 'question')}\nAnswer:")
+    query = "\n".join(filter(None, parts))
     if not query.strip():
         raise ValueError("asks nothing: it has no 'question' and no 'context', or they are empty")
     choices, answer = listed(record), record.get("answer")

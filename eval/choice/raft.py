@@ -63,7 +63,7 @@ class Raft(Task):
         self.train = documents(folder / TRAIN, labelled)
         self.labels, instructions = about(folder, self.train)
         listed = "\n".join(f"{number}. {label}" for number, label in enumerate(self.labels, 1))
-        self.instructions = f"{instructions and instructions + chr(10)}Possible labels:\n{listed}{BETWEEN}"
+        self.opening = "\n".join(filter(None, [instructions, "Possible labels:", listed])) + BETWEEN
         self.documents = self.train if split == "train" else documents(folder / TEST, unlabelled)
         self.num_fewshot = min(num_fewshot, len(self.train) - (split == "train"))
         self.metrics: Mapping[str, Metric] = {"acc": MEAN, "f1": MACRO_F1} if split == "train" else {}
@@ -78,7 +78,7 @@ class Raft(Task):
         shown = [f"{fields(it)}\nLabel: {it['label']}{BETWEEN}" for it in self.examples(document)]
         longest = max(self.labels, key=lambda label: len(examinee.tokenizer.encode(f" {label}")))
         while True:
-            prompt = f"{self.instructions}{''.join(shown)}{fields(document)}\nLabel:"
+            prompt = f"{self.opening}{''.join(shown)}{fields(document)}\nLabel:"
             if not shown or not likelihood(examinee, prompt, f" {longest}").cut:
                 return prompt
             del shown[0]
