@@ -143,6 +143,8 @@ def test_both_metrics_and_examples_without_choices(examinee, tmp_path):
     both = {**COLOURS, "metrics": ["multiple_choice_grade", "exact_str_match"], "preferred_score": "exact_str_match"}
     task = only(examinee, write(tmp_path / "both", both))
     assert list(task.metrics) == ["exact_str_match", "multiple_choice_grade"]
+    graded = only(examinee, write(tmp_path / "graded", {**both, "preferred_score": "multiple_choice_grade"}))
+    assert list(graded.metrics) == ["multiple_choice_grade", "exact_str_match"]
     assert len(task.requests(task.documents[0], examinee)) == 5
     answers = [[-1.0, False], [-2.0, False], [-3.0, False], [-4.0, False], " blue and wide"]
     assert task.score(task.documents[0], answers) == {"multiple_choice_grade": 1.0, "exact_str_match": 1.0}

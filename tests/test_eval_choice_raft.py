@@ -66,9 +66,12 @@ def test_every_row_is_left_out_of_its_own_examples(examinee, folder):
         assert {it["label"] for it in shown[:2]} == {"animal", "plant"}  # one of each label first
         assert only(examinee, folder).examples(document) == shown
     two = only(examinee, folder, num_fewshot=2)
-    for seed in range(4):
-        two.seed = seed
-        assert {it["label"] for it in two.examples(two.documents[0])} == {"animal", "plant"}
+    draws = set()
+    for two.seed in range(8):
+        shown = two.examples(two.documents[0])
+        assert {it["label"] for it in shown} == {"animal", "plant"}
+        draws.add(tuple(sorted(it["id"] for it in shown)))
+    assert len(draws) > 2
     document, shown = task.documents[1], task.examples(task.documents[1])
     (before, _), _ = (it.arguments for it in task.requests(document, examinee))
     words = {"0": "Title: Cats\nNote: they purr, softly", "2": "Title: Dogs\nNote: they bark",
@@ -109,6 +112,7 @@ def test_predictions_have_the_layout_of_the_leaderboard(examinee, folder, tmp_pa
     assert (len(task.documents), dict(task.metrics), task.target(task.documents[0])) == (2, {}, None)
     answers = asked(examinee, task)
     assert task.score(task.documents[0], answers[0]) == {}
+    assert len({task.examples({"id": str(id)})[0]["id"] for id in range(8)}) > 2  # drawn for every row
     (path,) = task.write(tmp_path / "out", task.documents, answers)
     assert path == tmp_path / "out" / "raft" / "living" / "predictions.csv"
     labels = ["plant" if found[1][0] > found[0][0] else "animal" for found in answers]

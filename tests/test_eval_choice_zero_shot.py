@@ -150,6 +150,16 @@ def test_examples_come_from_the_training_file_or_else_are_not_scored(examinee, f
         " use a spoon.",
     )
     assert [it["gold"] for it in task.documents] == [0]
+    train = lines(folder / "hellaswag" / "data" / "hellaswag_train.jsonl", DOG, {**DOG, "label": 2})
+    for data, more in ((train, {}), (folder, {"split": "train"})):
+        (task,) = FAMILY.build(spec("hellaswag", examinee, data, num_fewshot=1, **more)).tasks
+        assert [it["gold"] for it in task.documents] == [2]
+
+
+def test_a_record_that_has_its_answer_needs_no_label(examinee, folder):
+    (folder / "winogrande_1.1" / "dev-labels.lst").write_text("2\n1\n")
+    (task,) = FAMILY.build(spec("winogrande", examinee, folder)).tasks
+    assert [it["gold"] for it in task.documents] == [0, 1]
 
 
 @pytest.mark.parametrize(
