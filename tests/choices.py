@@ -20,7 +20,7 @@ def small(directory: Path) -> Examinee:
     return Examinee(
         tokenizer=models.load_tokenizer(path),
         architecture="llama",
-        max_tokens=model.max_tokens,
+        max_tokens=256,
         loaded=model,
         identity="tiny",
     )

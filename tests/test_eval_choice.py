@@ -21,6 +21,7 @@ def examinee(tmp_path_factory):
 
 def task(examinee, path, **more):
     (only,) = FAMILY.build(spec("choice", examinee, path, **more)).tasks
+    assert isinstance(only, Choice)
     return only
 
 

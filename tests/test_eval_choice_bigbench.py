@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import eval.choice.bigbench as bigbench
-from eval.choice.bigbench import FAMILY
+from eval.choice.bigbench import FAMILY, BigBench
 from models import ConfigError, DataError
 from tests.choices import asked, plain, small, spec
 
@@ -47,6 +47,7 @@ def write(folder, whole, indent=1):
 
 def only(examinee, folder, **more):
     (task,) = FAMILY.build(spec("bigbench", examinee, folder, **more)).tasks
+    assert isinstance(task, BigBench)
     return task
 
 
@@ -56,7 +57,11 @@ def shuffled(*choices):
 
 def test_a_prompt_shows_the_choices_in_one_shuffled_order(examinee, tmp_path):
     task = only(examinee, write(tmp_path / "colours", COLOURS))
-    assert (task.name, len(task.documents), list(task.metrics)) == ("bigbench_colours", 3, ["multiple_choice_grade"])
+    assert (task.name, len(task.documents), list(task.metrics)) == (
+        "bigbench_colours",
+        3,
+        ["multiple_choice_grade", "preferred_score"],
+    )
     requests = task.requests(task.documents[0], examinee)
     order = "\n  choice: blue\n  choice: red\n  choice: a\n  choice: blue and wide"  # 1 3 0 2 of the sorted ones
     assert [it.arguments for it in requests] == [
@@ -105,12 +110,12 @@ def test_examples_are_drawn_from_the_others_and_stay_the_same(examinee, tmp_path
 def test_an_answer_is_written_and_compared(examinee, tmp_path, monkeypatch):
     monkeypatch.setattr(bigbench, "MAX_NEW_TOKENS", 4)
     task = only(examinee, write(tmp_path / "sums", SUMS), num_fewshot=1)
-    assert (task.output_type, list(task.metrics)) == ("generate_until", ["exact_str_match"])
+    assert (task.output_type, list(task.metrics)) == ("generate_until", ["exact_str_match", "preferred_score"])
     (request,) = task.requests(task.documents[0], examinee)
     assert request.arguments[0] == "Add.\n2 + 1 = 3;\n1 + 1 = "
     assert request.arguments[1]["max_gen_toks"] == 4
     assert request.arguments[1]["until"] == []
-    assert all(set(task.score(it, found)) == {"exact_str_match"} for it, found in zip(
+    assert all(set(task.score(it, found)) == {"exact_str_match", "preferred_score"} for it, found in zip(
         task.documents, asked(examinee, task), strict=True))  # fmt: skip
     texts = ["3, of course", " 3\n4", "three", "it is -3", "none", ""]
     assert [task.score(task.documents[1], [it])["exact_str_match"] for it in texts] == [1, 1, 0, 0, 0, 0]
@@ -136,24 +141,27 @@ def test_the_stop_rule(examinee, tmp_path, rule, written, answer):
     (request,) = task.requests(task.documents[0], examinee)
     assert request.arguments[1]["until"] == ([rule["stop_string"]] if "stop_string" in rule else [])
     if rule == {"stop_string": "."}:  # a target may have the stop string at its end
-        assert task.score(task.documents[0], ["Paris"]) == {"exact_str_match": 1.0}
+        assert task.score(task.documents[0], ["Paris"]) == {"exact_str_match": 1.0, "preferred_score": 1.0}
 
 
 def test_both_metrics_and_examples_without_choices(examinee, tmp_path):
     both = {**COLOURS, "metrics": ["multiple_choice_grade", "exact_str_match"], "preferred_score": "exact_str_match"}
     task = only(examinee, write(tmp_path / "both", both))
-    assert list(task.metrics) == ["exact_str_match", "multiple_choice_grade"]
+    assert list(task.metrics) == ["exact_str_match", "multiple_choice_grade", "preferred_score"]
     graded = only(examinee, write(tmp_path / "graded", {**both, "preferred_score": "multiple_choice_grade"}))
-    assert list(graded.metrics) == ["multiple_choice_grade", "exact_str_match"]
+    assert list(graded.metrics) == ["multiple_choice_grade", "exact_str_match", "preferred_score"]
     assert len(task.requests(task.documents[0], examinee)) == 5
     answers = [[-1.0, False], [-2.0, False], [-3.0, False], [-4.0, False], " blue and wide"]
-    assert task.score(task.documents[0], answers) == {"multiple_choice_grade": 1.0, "exact_str_match": 1.0}
+    both_right = {"multiple_choice_grade": 1.0, "exact_str_match": 1.0, "preferred_score": 1.0}
+    assert task.score(task.documents[0], answers) == both_right
+    wrong = [*answers[:-1], "red"]
+    assert [it.score(it.documents[0], wrong)["preferred_score"] for it in (task, graded)] == [0, 1]
     mixed = {"metrics": ["multiple_choice_grade"], "examples": [*COLOURS["examples"], SUMS["examples"][0]]}
     task = only(examinee, write(tmp_path / "mixed", mixed))
     assert len(task.requests(task.documents[-1], examinee)) == 1
-    assert task.score(task.documents[-1], ["2"]) == {"exact_str_match": 1.0}
+    assert task.score(task.documents[-1], ["2"]) == {"exact_str_match": 1.0, "preferred_score": 1.0}
     unknown = only(examinee, write(tmp_path / "unknown", {**SUMS, "metrics": ["bleu"], "preferred_score": "bleu"}))
-    assert list(unknown.metrics) == ["exact_str_match"]
+    assert list(unknown.metrics) == ["exact_str_match", "preferred_score"]
     assert unknown.settings["preferred_score"] == "bleu"
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from eval.choice.macro_f1 import MACRO_F1, macro_f1
-from eval.choice.raft import FAMILY
+from eval.choice.raft import FAMILY, Raft
+from eval.likelihood import Likelihood
 from models import DataError
 from tests.choices import asked, small, spec
 
@@ -39,6 +40,7 @@ def folder(tmp_path):
 
 def only(examinee, data, **more):
     (task,) = FAMILY.build(spec("raft", examinee, data, **more)).tasks
+    assert isinstance(task, Raft)
     return task
 
 
@@ -90,7 +92,7 @@ def test_the_first_examples_go_where_there_is_no_room(examinee, folder):
     whole, room = requests[0].arguments[0], max(it.length for it in requests)
     assert whole.count("Title:") == 5
     assert task.requests(document, replace(examinee, max_tokens=room)) == requests
-    fewer = task.requests(document, replace(examinee, max_tokens=room - 1))
+    fewer = [it for it in task.requests(document, replace(examinee, max_tokens=room - 1)) if isinstance(it, Likelihood)]
     gone, kept = f"Title: {task.examples(document)[0]['fields']['Title']}", fewer[0].arguments[0]
     assert gone in whole
     assert gone not in kept

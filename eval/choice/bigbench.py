@@ -11,8 +11,9 @@ of the task, so all are scored; an example shows the first of its best answers.
   Of these, what is before stop_string counts, and of that the first match of output_regex. A task that gives neither
   takes BIG-bench's default, up to the first of . ? ! ; and the line's end.
 
-A task is scored by those of the two that its `metrics` list; if neither is there, by what its examples allow. Scores
-are not normalized by chance and expert scores, which the task files do not hold: a group is its tasks' plain mean.
+A task is scored by those of the two that its `metrics` list; if neither is there, by what its examples allow.
+preferred_score is the one of them that the task prefers, and what a group's tasks have in common: the group is their
+plain mean, not normalized by chance and expert scores, which the task files do not hold.
 """
 
 import json
@@ -35,7 +36,7 @@ from models import ConfigError, DataError
 
 MAX_NEW_TOKENS = 128
 SHUFFLE = 42  # the seed of the order in which choices are shown, as in the harness
-GRADE, MATCH = "multiple_choice_grade", "exact_str_match"
+GRADE, MATCH, PREFERRED = "multiple_choice_grade", "exact_str_match", "preferred_score"
 
 
 class BigBench(Task):
@@ -55,9 +56,9 @@ class BigBench(Task):
                 f"num_fewshot is {num_fewshot}, but {source} has {len(self.documents)} different examples"
             )
         self.places = {json.dumps(it): number for number, it in enumerate(self.documents)}
-        self.metrics = dict.fromkeys(measured(whole, self.documents), MEAN)
+        self.metrics = dict.fromkeys([*measured(whole, self.documents), PREFERRED], MEAN)
         self.output_type = "multiple_choice" if GRADE in self.metrics else "generate_until"
-        self.settings = {"data": source, "preferred_score": whole.get("preferred_score")}
+        self.settings = {"data": source, "preferred_score": whole.get(PREFERRED)}
 
     def requests(self, document: Document, examinee: Examinee) -> list[Request]:
         context = self.context(document)
@@ -98,7 +99,7 @@ class BigBench(Task):
         if MATCH in self.metrics:
             wanted = {target.removesuffix(self.stop).strip() for target in targets(document)}
             found[MATCH] = float(self.answered(answers[-1]) in wanted)
-        return found
+        return {**found, PREFERRED: next(found[metric] for metric in self.metrics if metric in found)}
 
     def answered(self, written: str) -> str:
         """The part of what was written that counts as the answer."""
@@ -130,7 +131,7 @@ def measured(whole: Document, found: Sequence[Document]) -> list[str]:
     wanted = wanted or [GRADE if graded else MATCH]
     if GRADE in wanted and MATCH not in wanted and not all("target_scores" in it for it in found):
         wanted.append(MATCH)  # what has no choices is not left unscored
-    return sorted(wanted, key=lambda metric: metric != whole.get("preferred_score"))
+    return sorted(wanted, key=lambda metric: metric != whole.get(PREFERRED))
 
 
 def build(spec: Spec) -> Suite:
