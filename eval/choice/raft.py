@@ -58,7 +58,8 @@ class Raft(Task):
     version = 1
 
     def __init__(self, name: str, folder: Path, split: str, num_fewshot: int, seed: int) -> None:
-        self.name, self.alias, self.folder = f"raft_{name}", name, name
+        self.name = self.alias = f"raft_{name}"
+        self.folder = name
         self.seed, self.split = seed, split
         self.train = documents(folder / TRAIN, labelled)
         self.labels, instructions = about(folder, self.train)
