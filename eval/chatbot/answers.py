@@ -65,6 +65,11 @@ def system_name(path: Path) -> str:
     return path.name.removesuffix(".jsonl").removesuffix(".json").replace("_", "-")
 
 
+def row_id(row: Record) -> str:
+    """The id of the question that a row of ours is about; a KeyError where it has none."""
+    return str(row["message_id"] if "message_id" in row else row["question_id"])
+
+
 def answer_text(row: Record, where: str) -> str:
     """The answer in a row, without what a model wrote behind it in the user's name."""
     for name in ("generation_truncated", "generation", "answer"):
