@@ -79,6 +79,9 @@ class Journal:
             raise self.unwritable(error) from error
 
     def close(self) -> None:
+        """Let others have the file, or remove it where nothing came."""
+        if self.path.exists() and not self.path.stat().st_size:
+            self.path.unlink()
         unlock(self.held)
         self.held = None
 

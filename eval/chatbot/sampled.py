@@ -52,7 +52,7 @@ class Settings:
         if self.chat:
             ids, _ = render_chat(examinee.tokenizer, question.messages, add_generation_prompt=True)
             prompt = examinee.tokenizer.decode(ids, skip_special=False)
-        seed = int.from_bytes(sha256(f"{self.seed}\0{question.id}".encode()).digest()[:8]) >> 1
+        seed = own_seed(self.seed, question.id)
         return generation(examinee, prompt, self.max_new_tokens, stop, self.sampling, seed, ids)
 
     def row(self, question: Question, request: Generate, text: str) -> Record:
@@ -68,6 +68,11 @@ class Settings:
             "model_id": self.system,
             "metadata": self.record | ({"cut": request.cut} if request.cut else {}),
         }
+
+
+def own_seed(seed: int, key: str) -> int:
+    """The seed of one prompt's draws, of 63 bits."""
+    return int.from_bytes(sha256(f"{seed}\0{key}".encode()).digest()[:8]) >> 1
 
 
 def write_answers(
