@@ -58,7 +58,7 @@ def chat_server(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[Cha
             with lock:
                 number = len(server.requests)
                 server.requests.append(request | {"path": self.path})
-                server.headers.append(dict(self.headers))
+                server.headers.append({name.lower(): value for name, value in self.headers.items()})
                 at_once += 1
                 server.most_at_once = max(server.most_at_once, at_once)
             try:
