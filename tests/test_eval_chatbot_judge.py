@@ -121,6 +121,16 @@ def test_every_pair_is_judged_in_both_orders_and_kept_in_the_released_layout(fil
     assert re.search(r"poor +good +0 +0 +3 +0\n", err)
 
 
+def test_equal_scores_are_a_tie(files, capsys):
+    replies = iter(("8 8", "7 9.5", "9 2"))
+    with chat_server(lambda request, number: Answer(next(replies, "5 5"))) as server:
+        how = ("--mode", "relative", "--reference", "fair", "--concurrency", "1")
+        found, _ = judged(capsys, *arguments(files, server, *how, systems=SYSTEMS[:2]))
+    first, second = found["pairs"]
+    assert [(it["wins"], it["ties"], it["losses"]) for it in (first, second)] == [(1, 1, 1), (0, 3, 0)]
+    assert (first["first_score"], first["second_score"]) == (8.0, 6.5)
+
+
 def test_relative_scores_are_asked_against_the_reference_alone(files, capsys):
     with chat_server(lambda request, number: Answer("8 9.5\nBecause.")) as server:
         found, err = judged(capsys, *arguments(files, server, "--mode", "relative", "--reference", "fair"))
@@ -197,7 +207,7 @@ def test_replies_before_a_refusal_are_kept(files, capsys):
 
 def test_replies_that_decide_nothing_are_kept_counted_and_asked_again_only_if_told(files, capsys):
     def answer(request, number):
-        return Answer(f"I cannot say ({number}).") if number < 3 else fair_judge(request, number)
+        return Answer(f"I cannot say ({number}).") if number in (0, 1, 2, 6) else fair_judge(request, number)
 
     with chat_server(answer) as server:
         command = arguments(files, server, "--concurrency", "1", systems=SYSTEMS[:2])
@@ -209,10 +219,14 @@ def test_replies_that_decide_nothing_are_kept_counted_and_asked_again_only_if_to
         judged(capsys, *command)
         assert len(server.requests) == 6
         found, _ = judged(capsys, *command, "--retry-unparsed")
-    assert len(server.requests) == 9
+        assert len(server.requests) == 9
+        assert found["unparsed"] == 1
+        found, _ = judged(capsys, *command, "--retry-unparsed")
+    assert len(server.requests) == 10
     assert found["unparsed"] == 0
     assert [row["score"] for row in rows(path)] == [3, 3, 3]
-    assert [row["metadata"]["earlier"] for row in rows(path)] == [[f"I cannot say ({n})."] for n in range(3)]
+    earlier = [row["metadata"]["earlier"] for row in rows(path)]
+    assert earlier == [["I cannot say (0).", "I cannot say (6)."], ["I cannot say (1)."], ["I cannot say (2)."]]
 
 
 def test_relative_replies_that_decide_nothing_store_two_of_them(files, capsys):
@@ -234,7 +248,11 @@ def test_ratings_made_otherwise_are_not_mixed_in(files, capsys):
         answers = rows(files / "fair.jsonl")
         write(files / "fair.jsonl", [answers[0] | {"generation": "another #1"}, *answers[1:]])
         _, err = judged(capsys, *command, code=3)
-        assert "rates another answer to question 1 than" in err
+        told = f"rates another answer to question 1 than {files / 'fair.jsonl'} holds"
+        assert f"good-vs-fair-gpt-4-reviewer-threeclass.jsonl: {told}" in err
+        command[1:3] = reversed(command[1:3])
+        _, err = judged(capsys, *command, code=3)
+        assert f"fair-vs-good-gpt-4-reviewer-threeclass.jsonl: {told}" in err
         assert len(server.requests) == 6
 
 
