@@ -5,7 +5,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
-from eval.examinee import UNLIMITED, Architecture, Examinee
+from eval.examinee import UNLIMITED, Examinee
 from models import Llama
 from models.fingerprint import fingerprint
 from models.roberta import Roberta
@@ -16,9 +16,7 @@ def load_examinee(target: str | Path, load: LoadOptions = LoadOptions(), chat: b
     """The model that a path names."""
     parts = resolve(target, load)
     model, tokenizer = load_target(target, load)
-    architecture: Architecture = (
-        "llama" if isinstance(model, Llama) else "roberta" if isinstance(model, Roberta) else "t5"
-    )
+    architecture = "llama" if isinstance(model, Llama) else "roberta" if isinstance(model, Roberta) else "t5"
     return Examinee(
         tokenizer=tokenizer,
         architecture=architecture,

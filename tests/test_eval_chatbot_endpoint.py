@@ -7,6 +7,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,8 @@ def quick(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-def ask(server, count=1, **how):
-    how = {"concurrency": 1, "timeout": 20.0} | how
+def ask(server, count=1, **given):
+    how: dict[str, Any] = {"concurrency": 1, "timeout": 20.0} | given
     endpoint = Endpoint("org/tester", server if isinstance(server, str) else server.url, "secret", **how)
     prompts = {f"key {n}": Prompt("Be fair.", f"question {n}") for n in range(count)}
     return endpoint.replies(prompts)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def arguments(folder, server, *more, systems=SYSTEMS, judge="gpt-4"):
     return [str(it) for it in ["judge", *answers, *common, *url, *more]]
 
 
-def judged(capsys, *given, code=0):
+def judged(capsys, *given, code=0) -> tuple[Any, str]:
     assert qlora.main([*given, "--json"]) == code
     out, err = capsys.readouterr()
     return (json.loads(out) if code == 0 else None), err
