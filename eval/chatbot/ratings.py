@@ -123,7 +123,9 @@ def read_ratings(
     known = {**owners_of(rows for _, _, rows in held), **known}
     for group, path, rows in held:
         straight = sum(known.get(row.ids[place]) == row.systems[place] for row in rows if row.ids for place in (0, 1))
-        crossed = sum(known.get(row.ids[place]) == row.systems[1 - place] for row in rows if row.ids for place in (0, 1))
+        crossed = sum(
+            known.get(row.ids[place]) == row.systems[1 - place] for row in rows if row.ids for place in (0, 1)
+        )
         if crossed > straight:
             read.turned.append(str(path))
         for row in rows:
@@ -261,7 +263,9 @@ def votes(path: Path, names: Names) -> Iterator[Verdict]:
     """People's votes; of a rater's several on one question in one order the last counts."""
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as base:
-            found = base.execute("SELECT rowid, question_id, system_a, system_b, score, rater FROM votes ORDER BY rowid")
+            found = base.execute(
+                "SELECT rowid, question_id, system_a, system_b, score, rater FROM votes ORDER BY rowid"
+            )
             rows = found.fetchall()
     except sqlite3.Error as error:
         raise DataError(f"ratings: {path}: is no file of votes ({error})") from error
@@ -298,29 +302,29 @@ def labelled(groups: Mapping[tuple[str, str, str], RatingSet]) -> list[RatingSet
 
 
 def items(verdicts: Sequence[Verdict]) -> list[list[Verdict]]:
-    """The votes on each pair of answers, unparsed ones left out, as if all had been shown in one order.
+    """The votes on each pair of answers, as if all had been shown in one order.
 
     Votes of named raters belong together in both orders, since each rater was shown one by chance; they are turned
     to the order that most of them saw. Other votes belong together in one order only.
     """
     groups: dict[tuple[str, frozenset[str], str], list[Verdict]] = {}
     for vote in verdicts:
-        if vote.score != UNPARSED:
-            order = "" if vote.rater else vote.first
-            groups.setdefault((vote.question, frozenset((vote.first, vote.second)), order), []).append(vote)
+        order = "" if vote.rater else vote.first
+        groups.setdefault((vote.question, frozenset((vote.first, vote.second)), order), []).append(vote)
     return [in_one_order(votes) for votes in groups.values()]
 
 
 def in_one_order(votes: Sequence[Verdict]) -> list[Verdict]:
-    """Votes turned to the order that most of them saw, or else the first one."""
+    """Votes turned to the order that most of them saw; of two, the first vote's."""
     first = Counter(vote.first for vote in votes).most_common(1)[0][0]
     return [vote if vote.first == first else vote.turned() for vote in votes]
 
 
 def majority(votes: Sequence[Verdict]) -> Verdict:
-    """What more than half of an item's votes say; a tie if no such half is."""
-    score, count = Counter(vote.score for vote in votes).most_common(1)[0]
-    return votes[0]._replace(score=score if 2 * count > len(votes) else TIE, rater="")
+    """What more than half of an item's parsed votes say; a tie if no such half is, unparsed if none is parsed."""
+    parsed = Counter(vote.score for vote in votes if vote.score != UNPARSED)
+    score, count = parsed.most_common(1)[0] if parsed else (UNPARSED, 1)
+    return votes[0]._replace(score=score if 2 * count > parsed.total() else TIE, rater="")
 
 
 def majorities(verdicts: Sequence[Verdict]) -> list[Verdict]:
