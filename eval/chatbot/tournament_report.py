@@ -61,7 +61,7 @@ class Table:
         from rich.table import Table as Drawn
         from rich.text import Text
 
-        drawn = Drawn(box=SIMPLE_HEAD, pad_edge=False)
+        drawn = Drawn(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for place, (heading, spec) in enumerate(self.columns.items()):
             name = str(place) if self.numbered and place else printable(heading)
             drawn.add_column(Text(name), justify="right" if spec else "left", no_wrap=heading == "System")
