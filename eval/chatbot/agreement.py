@@ -11,8 +11,8 @@ from statistics import median
 import numpy as np
 from jaxtyping import Float, Int
 
-from eval.chatbot.ratings import Verdict, items
 from eval.chatbot.verdicts import FIRST, SECOND, TIE, UNPARSED
+from eval.chatbot.votes import Verdict, items
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ class Position:
 class Net:
     """What a system did against another, over both orders."""
 
-    wins: int = 0
-    losses: int = 0
-    ties: int = 0
-    questions: int = 0
+    wins: int
+    losses: int
+    ties: int
+    questions: int
+    """Different ones, answered in either order, whether or not the verdicts were parsed."""
 
     @property
     def net(self) -> float:
@@ -174,13 +175,12 @@ def first_position(verdicts: Sequence[Verdict]) -> Position:
 
 def net_wins(verdicts: Sequence[Verdict]) -> dict[tuple[str, str], Net]:
     """What each system did against each other that it met, in both directions."""
-    tallies: dict[tuple[str, str], list[int]] = {}
-    asked: dict[tuple[str, str], set[str]] = {}
+    met: dict[tuple[str, str], list[Verdict]] = {}
     for v in verdicts:
         for side in (v, v.turned()):
-            pair = side.first, side.second
-            asked.setdefault(pair, set()).add(side.question)
-            counts = tallies.setdefault(pair, [0, 0, 0])
-            if side.score != UNPARSED:
-                counts[(FIRST, SECOND, TIE).index(side.score)] += 1
-    return {pair: Net(*counts, len(asked[pair])) for pair, counts in tallies.items()}
+            met.setdefault((side.first, side.second), []).append(side)
+    found = {}
+    for pair, sides in met.items():
+        wins, losses, ties = (sum(side.score == score for side in sides) for score in (FIRST, SECOND, TIE))
+        found[pair] = Net(wins, losses, ties, len({side.question for side in sides}))
+    return found

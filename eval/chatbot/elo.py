@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from eval.chatbot.ratings import Verdict
 from eval.chatbot.verdicts import FIRST, TIE, UNPARSED
+from eval.chatbot.votes import Verdict
 
 START = 1000.0
 SCALE = 400 / math.log(10)  # points that make the odds e to one; 400 points make them ten to one

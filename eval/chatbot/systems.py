@@ -51,10 +51,11 @@ def short_name(name: str) -> str:
     return short
 
 
-def parse_file_name(stem: str) -> FileName | None:
+def parse_file_name(stem: str, known: str = "") -> FileName | None:
     """The systems and the judge in a name such as `A-vs-B-gpt-4-reviewer-threeclass`, or None.
 
-    A judge that is not known by name is taken for one word.
+    Where the second system ends is clear if it is `known`, or else by the judge's name: one of those that JUDGES
+    describes, or a single word.
 
     >>> parse_file_name("gpt-3.5-vs-vicuna-13b-gpt4-reviewer")
     FileName(first='gpt-3.5', second='vicuna-13b', judge='gpt-4')
@@ -63,7 +64,8 @@ def parse_file_name(stem: str) -> FileName | None:
     second, judge = rest, ""
     if reviewed := REVIEWED.search(rest):
         rest = rest[: reviewed.start()]
-        found = re.fullmatch(rf"(.+)[-_]({JUDGES})", rest, re.IGNORECASE) or re.fullmatch(r"(.+)[-_]([^-_]+)", rest)
+        ways = (rf"({re.escape(known)})[-_](.+)", rf"(.+)[-_]({JUDGES})", r"(.+)[-_]([^-_]+)")
+        found = next((way for each in ways if (way := re.fullmatch(each, rest, re.IGNORECASE))), None)
         second, judge = found.groups() if found else (rest, "")
     return FileName(first, second, short_name(judge)) if mark and first and second else None
 
