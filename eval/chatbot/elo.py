@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from eval.chatbot.verdicts import FIRST, TIE, UNPARSED
 from eval.chatbot.votes import Verdict
@@ -107,7 +107,7 @@ def elo(
 # Over orders
 
 
-def play(matches: Matches, order: Int[np.ndarray, "matches lanes"], k: float) -> Float[np.ndarray, "lanes systems"]:
+def play(matches: Matches, order: Integer[np.ndarray, "matches lanes"], k: float) -> Float[np.ndarray, "lanes systems"]:
     """The final ratings of each lane, which plays the matches of its column from the first row to the last.
 
     Ratings are kept as differences from the start in units of the scale, so that odds are plain exponentials.
@@ -139,7 +139,7 @@ def play(matches: Matches, order: Int[np.ndarray, "matches lanes"], k: float) ->
     return START + SCALE * ratings.reshape(lanes, count)
 
 
-def shuffled(matches: Matches, lanes: int, seed: tuple[int, int]) -> Int[np.ndarray, "matches lanes"]:
+def shuffled(matches: Matches, lanes: int, seed: tuple[int, int]) -> Integer[np.ndarray, "matches lanes"]:
     """Random orders of the matches, one a column."""
     random = np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed)))
     codes = matches.codes.astype(np.uint16 if len(matches.first) <= 2**16 else np.uint32)
