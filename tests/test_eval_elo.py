@@ -12,7 +12,7 @@ from eval.chatbot.elo import block_sizes, by_question, elo, matches_of, mean_rat
 from eval.chatbot.ratings import read_ratings
 from eval.chatbot.verdicts import FIRST, SECOND, TIE, UNPARSED
 from eval.chatbot.votes import Verdict, majorities
-from tests.released_ratings import write_released
+from tests.rating_files import write_released
 
 NAMES = "abcdefgh"
 
@@ -40,10 +40,9 @@ def plainly(verdicts, k):
 def described(matches, codes):
     """Matches as verdicts again."""
     score = {1.0: FIRST, 0.0: SECOND, 0.5: TIE}
-    return [
-        Verdict("", matches.systems[matches.first[code]], matches.systems[matches.second[code]], score[matches.outcome[code]])
-        for code in codes
-    ]  # fmt: skip
+    kinds = zip(matches.first, matches.second, matches.outcome, strict=True)
+    verdicts = [Verdict("", matches.systems[a], matches.systems[b], score[outcome]) for a, b, outcome in kinds]
+    return [verdicts[code] for code in codes]
 
 
 @given(verdicts=tournaments(), k=st.sampled_from([0.5, 4.0, 32.0]), seed=st.integers(0, 99))

@@ -29,7 +29,22 @@ def test_the_number_alone_on_the_last_line_decides(explanation, verdict, end):
 
 @pytest.mark.parametrize(
     "reply",
-    ["", "\n", "error", "Best answer: 2", "2.", "4", "0", "-1", "12", "[2]", "2\nThat is my verdict.", "1 2", "２", "²"],
+    [
+        "",
+        "\n",
+        "error",
+        "Best answer: 2",
+        "2.",
+        "4",
+        "0",
+        "-1",
+        "12",
+        "[2]",
+        "2\nThat is my verdict.",
+        "1 2",
+        "２",
+        "²",
+    ],
 )
 def test_a_reply_that_ends_otherwise_is_not_parsed(reply):
     assert parse_threeclass(reply) == -1
@@ -47,7 +62,21 @@ def test_two_numbers_alone_on_the_first_line_are_the_scores(first, second, betwe
 
 @pytest.mark.parametrize(
     "reply",
-    ["", "error", "8", "8 9 10", "8/10 9/10", "(8, 9)", "nan 8", "inf 8", "-1 -1", "8 1_0", "８ ９", "Scores:\n8 9", "89"],
+    [
+        "",
+        "error",
+        "8",
+        "8 9 10",
+        "8/10 9/10",
+        "(8, 9)",
+        "nan 8",
+        "inf 8",
+        "-1 -1",
+        "8 1_0",
+        "８ ９",
+        "Scores:\n8 9",
+        "89",
+    ],
 )
 def test_a_reply_that_begins_otherwise_has_no_scores(reply):
     assert parse_relative(reply) is None

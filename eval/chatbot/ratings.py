@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from eval.chatbot.answers import read_answers
 from eval.chatbot.rating_files import Note, Row, RowFile, read_rows, votes
-from eval.chatbot.systems import Names
+from eval.chatbot.systems import Names, one_line
 from eval.chatbot.votes import Verdict
 from models.errors import DataError
 
@@ -82,7 +82,7 @@ def read_ratings(
             group(path, HUMAN, "votes").verdicts.extend(votes(path, names))
         else:
             files.append(read_rows(path, names))
-    read.names = {short: sorted(found) for short, found in sorted(names.found.items())}
+    read.names = names.found()
     known = {**owners(file.rows for file in files), **told(answers, names)}
     for file in files:
         add(file, crossed(file.rows, known), group(file.path, file.judge, file.key))
@@ -161,7 +161,6 @@ def labelled(groups: Mapping[tuple[str, str, str], RatingSet]) -> list[RatingSet
         for folder, judge, key in groups
     ]  # fmt: skip
     for group, labels in zip(groups.values(), choices, strict=True):
-        group.label = next(
-            (label for at, label in enumerate(labels) if sum(other[at] == label for other in choices) == 1), labels[-1]
-        )
+        alone = (label for at, label in enumerate(labels) if sum(other[at] == label for other in choices) == 1)
+        group.label = one_line(next(alone, labels[-1]))
     return list(groups.values())

@@ -51,13 +51,17 @@ class Share:
 
 
 def shares(
-    grades: Sequence[Grade], reference: str | None = None, resamples: int = 1000, seed: int = 0
+    grades: Sequence[Grade],
+    reference: str | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    usual: str = USUAL,
 ) -> tuple[list[Share], list[str]]:
     """Each system's share, the highest first, and warnings of what could not be counted.
 
-    Without a `reference` it is the one system that all pairs have in common; of two, gpt-3.5.
+    Without a `reference` it is the one system that all pairs have in common; of two, the `usual` one.
     """
-    reference = reference_of(grades, reference)
+    reference = reference_of(grades, reference, usual)
     warnings: list[str] = []
     beside = sum(reference not in (grade.first, grade.second) for grade in grades)
     if beside:
@@ -75,7 +79,7 @@ def shares(
     return sorted(found, key=lambda each: (-each.mean, each.system)), warnings
 
 
-def reference_of(grades: Sequence[Grade], reference: str | None) -> str:
+def reference_of(grades: Sequence[Grade], reference: str | None, usual: str) -> str:
     pairs = [frozenset((grade.first, grade.second)) for grade in grades]
     everyone = frozenset().union(*pairs)
     if reference is not None:
@@ -85,8 +89,8 @@ def reference_of(grades: Sequence[Grade], reference: str | None) -> str:
             )
         return reference
     common = everyone.intersection(*pairs)
-    if len(common) == 1 or USUAL in common:
-        return USUAL if USUAL in common else next(iter(common))
+    if len(common) == 1 or usual in common:
+        return usual if usual in common else next(iter(common))
     what = f"{' and '.join(sorted(common))} are" if common else "no system is"
     raise ConfigError(f"reference: {what} in every pair of the relative ratings; name one with --reference SYSTEM")
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from eval.data.records import printable
 from models.errors import ConfigError
 
 LLAMA = "llama|guanaco|alpaca|flan-?v2|hh-rlhf|unnatural.*|chip2|longform|self-?instruct|oasst1?"
@@ -75,12 +76,24 @@ class Names:
 
     def __init__(self, aliases: Mapping[str, str] | None = None) -> None:
         self.aliases = dict(aliases or {})
-        self.found: dict[str, set[str]] = {}
+        self.short: dict[str, str] = {}
 
     def __call__(self, name: str) -> str:
-        short = self.aliases.get(name) or self.aliases.get(short_name(name)) or short_name(name)
-        self.found.setdefault(short, set()).add(name)
-        return short
+        if name not in self.short:
+            short = short_name(name)
+            self.short[name] = one_line(self.aliases.get(name) or self.aliases.get(short) or short)
+        return self.short[name]
+
+    def found(self) -> dict[str, list[str]]:
+        """Each short name, with the names that it stands for."""
+        return {
+            short: sorted(n for n, s in self.short.items() if s == short) for short in sorted(set(self.short.values()))
+        }
+
+
+def one_line(text: str) -> str:
+    """A text for a cell of a table: white space of any kind is a space, and control characters are written out."""
+    return printable(" ".join(text.split()))
 
 
 def parse_aliases(aliases: Sequence[str]) -> dict[str, str]:

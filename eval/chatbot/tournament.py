@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, UseAppendAction
 
 from eval.chatbot.ratings import Ratings, read_ratings
-from eval.chatbot.relative import shares
+from eval.chatbot.relative import USUAL, shares
 from eval.chatbot.systems import Names, parse_aliases
 from eval.chatbot.tournament_comparison import between, median_ranks
 from eval.chatbot.tournament_standings import described, doubts, tournament
@@ -97,11 +97,12 @@ def relative(
     read: Ratings, options: TournamentOptions, aliases: dict[str, str], warnings: list[str]
 ) -> dict[str, list[dict[str, Any]]]:
     """Percentages of the reference, for each folder and judge."""
-    reference = Names(aliases)(options.reference) if options.reference else None
+    names = Names(aliases)
+    reference = names(options.reference) if options.reference else None
     found = {}
     for each in read.sets:
         if each.grades:
-            counted, said = shares(each.grades, reference, options.resamples, options.seed)
+            counted, said = shares(each.grades, reference, options.resamples, options.seed, names(USUAL))
             found[each.label] = [asdict(share) for share in counted]
             warnings += [f"{each.label}: {warning}" for warning in said]
     return found

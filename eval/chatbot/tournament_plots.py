@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from eval.chatbot.tournament_report import Report, slug
-from eval.data.records import printable
 from eval.figures import save
 
 
@@ -78,5 +77,5 @@ def with_ending(target: Path) -> Path:
 
 
 def plain(text: str) -> str:
-    """A text that is drawn as it is: no mathematics between dollars, no control characters."""
-    return printable(text).replace("$", r"\$")
+    """A text that is drawn as it is: no mathematics between dollars."""
+    return text.replace("$", r"\$")

@@ -40,14 +40,14 @@ class Table:
         """The cells as people see them; what there is none of is a dash."""
         formats = self.columns.values()
         return [
-            ["–" if cell is None else printable(format(cell, spec)) for cell, spec in zip(row, formats, strict=True)]
+            ["–" if cell is None else format(cell, spec) for cell, spec in zip(row, formats, strict=True)]
             for row in self.rows
         ]
 
     def markdown(self) -> str:
         rows = [list(self.columns), ["---:" if spec else ":---" for spec in self.columns.values()], *self.texts()]
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        return "\n".join([f"## {printable(self.title)}", "", *lines, ""])
+        return "\n".join([f"## {self.title}", "", *lines, ""])
 
     def csv(self) -> str:
         text = io.StringIO()
@@ -63,7 +63,7 @@ class Table:
 
         drawn = Drawn(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for place, (heading, spec) in enumerate(self.columns.items()):
-            name = str(place) if self.numbered and place else printable(heading)
+            name = str(place) if self.numbered and place else heading
             drawn.add_column(Text(name), justify="right" if spec else "left", no_wrap=heading == "System")
         for place, row in enumerate(self.texts(), 1):
             first = f"{place:>2}  {row[0]}" if self.numbered else row[0]
@@ -195,7 +195,7 @@ def remarks(report: Report) -> list[str]:
 
 def print_report(report: Report, console: "Console") -> None:
     for table in tables(report):
-        console.print(printable(table.title), style="bold", markup=False)
+        console.print(table.title, style="bold", markup=False)
         console.print(table.rich())
     for remark in remarks(report):
         console.print(printable(remark), markup=False)

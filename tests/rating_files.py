@@ -1,6 +1,8 @@
-"""The released ratings that may be shipped, written out as the files that they came in, but without texts."""
+"""Files of ratings: small ones, and the released ones that may be shipped, which are without texts."""
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 COMPACT = json.loads((Path(__file__).parent / "data" / "chatbot" / "ratings.json").read_text())
@@ -45,3 +47,21 @@ def relative(content: dict) -> list[dict]:
 def human(votes: str) -> list[dict]:
     pairs = [item.split(":") for item in votes.split()]
     return [{"question_id": int(id), "text": "?", "score": int(score)} for id, scores in pairs for score in scores]
+
+
+def written(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def rating(question=1, score: object = 1, **more):
+    return {"question_id": question, "score": score, **more}
+
+
+def voted(path, rows, schema="question_id TEXT, system_a TEXT, system_b TEXT, score INTEGER, rater TEXT, at TEXT"):
+    with closing(sqlite3.connect(path)) as base:
+        base.execute(f"CREATE TABLE votes ({schema})")
+        base.executemany("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?)", [(*row, "2023-05-23") for row in rows])
+        base.commit()
+    return path
