@@ -16,7 +16,7 @@ def tournament(capsys, *arguments, code=0):
     """The report of the command, and what it says to a person."""
     assert qlora.main(["tournament", *map(str, arguments), "--json"]) == code
     said = capsys.readouterr()
-    return (json.loads(said.out, parse_constant=pytest.fail) if said.out else None), said.err
+    return (json.loads(said.out, parse_constant=pytest.fail) if said.out else {}), said.err
 
 
 @pytest.fixture(scope="module")
