@@ -23,7 +23,7 @@ def tournaments(draw, least=1):
     pair = st.lists(st.sampled_from(NAMES[:count]), min_size=2, max_size=2, unique=True)
     row = st.tuples(st.integers(0, 5), pair, st.sampled_from([FIRST, SECOND, TIE]))
     rows = draw(st.lists(row, min_size=least, max_size=30))
-    return [Verdict(str(question), *names, score) for question, names, score in rows]
+    return [Verdict(str(question), first, second, score) for question, (first, second), score in rows]
 
 
 def plainly(verdicts, k):
@@ -85,10 +85,10 @@ def test_the_order_of_files_and_rows_is_irrelevant(verdicts, seed):
 @given(verdicts=tournaments())
 def test_the_order_of_systems_is_irrelevant(verdicts):
     """Other names change which random orders are drawn, so that order is made irrelevant by drawing many."""
-    names = dict(zip(NAMES, reversed(NAMES), strict=True))
+    names: dict[str, str] = dict(zip(NAMES, reversed(NAMES), strict=True))
     renamed = [v._replace(first=names[v.first], second=names[v.second]) for v in verdicts]
     ours, theirs = (elo(matches_of(each), orderings=400, resamples=0) for each in (verdicts, renamed))
-    there = dict(zip(theirs.systems, theirs.rating, strict=True))
+    there: dict[str, float] = dict(zip(theirs.systems, theirs.rating, strict=True))
     for name, rating, sd in zip(ours.systems, ours.rating, ours.order_sd, strict=True):
         assert abs(rating - there[names[name]]) <= 6 * sd / 20 + 1e-9
 
@@ -142,7 +142,7 @@ def test_a_system_that_always_wins_has_a_finite_rating():
 
 def test_the_same_seed_gives_the_same_on_any_number_of_threads(monkeypatch):
     monkeypatch.setattr(eval.chatbot.elo, "LANES", 16)
-    matches = matches_of([Verdict(str(q), *pair, 1 + q % 3) for q in range(40) for pair in ("ab", "bc", "ca")])
+    matches = matches_of([Verdict(str(q), a, b, 1 + q % 3) for q in range(40) for a, b in ("ab", "bc", "ca")])
     one, three = (elo(matches, orderings=100, resamples=50, threads=threads) for threads in (1, 3))
     assert one == three
     assert elo(matches, orderings=100, resamples=50, seed=1) != one

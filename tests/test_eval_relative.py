@@ -115,13 +115,13 @@ def test_the_reference_is_the_system_that_every_pair_has():
     ],
 )
 def test_a_reference_that_does_not_follow_has_to_be_named(pairs, reference, said):
-    grades = [Grade("1", *pair, (1, 2)) for pair in pairs]
+    grades = [Grade("1", first, second, (1, 2)) for first, second in pairs]
     with pytest.raises(ConfigError, match=said):
         shares(grades, reference)
 
 
 def test_pairs_without_the_reference_are_left_out_and_counted():
-    grades = [Grade("1", *pair, (1, 2)) for pair in (("x", "y"), ("y", "z"), ("x", "z"))]
+    grades = [Grade("1", first, second, (1, 2)) for first, second in (("x", "y"), ("y", "z"), ("x", "z"))]
     found, warnings = shares(grades, "x")
     assert [each.system for each in found] == ["y", "z"]
     assert warnings == ["1 ratings compare two systems neither of which is x; they are left out"]

@@ -211,6 +211,13 @@ def test_names_are_drawn_and_printed_as_they_are(tmp_path, capsys):
     assert "\x1b" not in text
 
 
+def test_folders_whose_names_are_alike_in_files_overwrite_nothing(tmp_path, capsys):
+    for folder in ("a b", "a-b"):
+        written(tmp_path / folder / "x-vs-y-gpt-4-reviewer.jsonl", [rating()])
+    tournament(capsys, tmp_path, *FEW, "--out", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("elo-*.csv")} == {"elo-a-b.csv", "elo-a-b+.csv"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -5,22 +5,23 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.chatbot.tournament_report import Report, slug
+from eval.chatbot.tournament_report import Report, slugs
 from eval.figures import save
 
 
 def plot_report(report: Report, folder: Path) -> list[Path]:
     """Draw every tournament and every set of percentages into a folder."""
     files: list[Path] = []
+    parts = slugs(report)
     for label, each in report["tournaments"].items():
         rows = each["standings"]
         title = f"{label}: Elo, with 95 % intervals over questions"
-        files += plot_intervals(rows, "rating", title, "Elo", folder / f"elo-{slug(label)}", ".0f")
-        files += plot_net(label, each, folder / f"net-wins-{slug(label)}")
+        files += plot_intervals(rows, "rating", title, "Elo", folder / f"elo-{parts[label]}", ".0f")
+        files += plot_net(label, each, folder / f"net-wins-{parts[label]}")
     for label, shares in report["relative"].items():
         if shares:
             name, unit = f"{label}: relative score, with 95 % intervals", f"percent of {shares[0]['reference']}"
-            files += plot_intervals(shares, "mean", name, unit, folder / f"relative-{slug(label)}", ".1f")
+            files += plot_intervals(shares, "mean", name, unit, folder / f"relative-{parts[label]}", ".1f")
     return files
 
 

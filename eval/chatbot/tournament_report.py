@@ -76,18 +76,21 @@ class Table:
 
 def tables(report: Report) -> list[Table]:
     """All tables of a report."""
-    found = []
+    found, parts = [], slugs(report)
     for label, each in report["tournaments"].items():
-        found += [standings_table(label, each, report["settings"]), net_table(label, each)]
+        found.append(standings_table(label, each, report["settings"], f"elo-{parts[label]}"))
+        found.append(net_table(label, each, f"net-wins-{parts[label]}"))
     if len(report["tournaments"]) > 1:
         found.append(ranks_table(report))
-    found += [relative_table(label, shares) for label, shares in report["relative"].items() if shares]
+    for label, shares in report["relative"].items():
+        if shares:
+            found.append(relative_table(label, shares, f"relative-{parts[label]}"))
     if report["tournaments"]:
         found.append(agreement_table(report))
     return found
 
 
-def standings_table(label: str, found: Report, settings: Report) -> Table:
+def standings_table(label: str, found: Report, settings: Report, name: str) -> Table:
     columns = {
         "Rank": "d",
         "System": "",
@@ -101,16 +104,16 @@ def standings_table(label: str, found: Report, settings: Report) -> Table:
     }
     keys = ("rank", "system", "rating", "order_half", "low", "high", "wins", "losses", "ties")
     title = f"{label}: Elo from {found['matches']:,} matches, K = {settings['k']:g}, {settings['orderings']:,} orders"
-    return Table(f"elo-{slug(label)}", title, columns, [[row[key] for key in keys] for row in found["standings"]])
+    return Table(name, title, columns, [[row[key] for key in keys] for row in found["standings"]])
 
 
-def net_table(label: str, found: Report) -> Table:
+def net_table(label: str, found: Report, name: str) -> Table:
     """Table 12: the row's wins less its losses, by question."""
     order = [each["system"] for each in found["standings"]]
     net = {(each["system"], each["against"]): each["net"] for each in found["net"]}
     rows = [[system, *(net.get((system, other)) for other in order)] for system in order]
     title = f"{label}: net wins of the row against the column, by question"
-    return Table(f"net-wins-{slug(label)}", title, {"System": "", **dict.fromkeys(order, "+.2f")}, rows, numbered=True)
+    return Table(name, title, {"System": "", **dict.fromkeys(order, "+.2f")}, rows, numbered=True)
 
 
 def ranks_table(report: Report) -> Table:
@@ -125,7 +128,7 @@ def ranks_table(report: Report) -> Table:
     return Table("ranks", "Elo / rank", columns, rows)
 
 
-def relative_table(label: str, shares: Sequence[Report]) -> Table:
+def relative_table(label: str, shares: Sequence[Report], name: str) -> Table:
     """Table 6: percentages of the reference."""
     reference = shares[0]["reference"]
     columns = {
@@ -140,7 +143,7 @@ def relative_table(label: str, shares: Sequence[Report]) -> Table:
     }
     keys = ("system", "reference_first", "system_first", "mean", "half", "low", "high", "questions")
     rows = [[share[key] for key in keys] for share in shares]
-    return Table(f"relative-{slug(label)}", f"{label}: score in percent of {reference}", columns, rows)
+    return Table(name, f"{label}: score in percent of {reference}", columns, rows)
 
 
 def agreement_table(report: Report) -> Table:
@@ -164,9 +167,15 @@ def agreement_table(report: Report) -> Table:
     return Table("agreement", "Agreement", {"Ratings": "", "Statistic": "", "Value": ".3f", "Of": "d"}, rows)
 
 
-def slug(label: str) -> str:
-    """A label as part of a file's name."""
-    return re.sub(r"[^\w.-]+", "-", label).strip("-.")[-80:] or "ratings"
+def slugs(report: Report) -> dict[str, str]:
+    """Each label as part of a file's name, different ones for different labels."""
+    found: dict[str, str] = {}
+    for label in {**report["tournaments"], **report["relative"]}:
+        slug = re.sub(r"[^\w.-]+", "-", label).strip("-.")[-80:] or "ratings"
+        while slug in found.values():
+            slug += "+"
+        found[label] = slug
+    return found
 
 
 # Where they go
