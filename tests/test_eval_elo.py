@@ -140,6 +140,13 @@ def test_a_system_that_always_wins_has_a_finite_rating():
     assert ratings.low == pytest.approx(ratings.rating)  # whatever is drawn, x wins 200 times
 
 
+def test_odds_beyond_all_floats_are_no_trouble():
+    ratings = elo(matches_of([Verdict("q", "x", "y", SECOND)] * 300 + [Verdict("q", "x", "y", FIRST)]), 1000, 5, 5)
+    assert all(math.isfinite(value) for value in ratings.rating)
+    lanes = play(matches_of([Verdict("q", "x", "y", SECOND)]), np.zeros((900, 3), np.uint16), 1e6)
+    assert np.isfinite(lanes).all()
+
+
 def test_the_same_seed_gives_the_same_on_any_number_of_threads(monkeypatch):
     monkeypatch.setattr(eval.chatbot.elo, "LANES", 16)
     matches = matches_of([Verdict(str(q), a, b, 1 + q % 3) for q in range(40) for a, b in ("ab", "bc", "ca")])

@@ -29,6 +29,7 @@ Z = 1.96  # standard deviations on either side of a normal 95 % interval
 
 BLOCK = 2**26  # codes of matches held at a time, by each thread: 128 MiB
 LANES = 2000  # orders played at once; from here on a step is limited by its arithmetic
+THREADS = 4  # more would wait for the interpreter, which starts every step's operations
 SHUFFLED = 64  # orders shuffled at once, while they are in cache
 
 
@@ -82,11 +83,11 @@ def matches_of(verdicts: Sequence[Verdict]) -> Matches:
 def elo(
     matches: Matches, k: float = 4.0, orderings: int = 10_000, resamples: int = 1000, seed: int = 0, threads: int = 0
 ) -> Elo:
-    """Ratings with both intervals; the same for the same seed, whatever the number of threads (0: one a core)."""
+    """Ratings with both intervals; the same for the same seed, whatever the number of threads (0: one a core, up to four)."""
     count = len(matches.systems)
     sizes = block_sizes(len(matches.codes), orderings)
     total, squares = np.zeros(count), np.zeros(count)
-    with ThreadPoolExecutor(threads or min(len(sizes), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads or min(len(sizes), os.cpu_count() or 1, THREADS)) as pool:
         blocks = pool.map(lambda each: play(matches, shuffled(matches, each[1], (seed, each[0])), k), enumerate(sizes))
         for ratings in blocks:
             total += (ratings - START).sum(axis=0)
@@ -107,6 +108,7 @@ def elo(
 # Over orders
 
 
+@np.errstate(over="ignore")  # of infinite odds the expected score is 0
 def play(matches: Matches, order: Integer[np.ndarray, "matches lanes"], k: float) -> Float[np.ndarray, "lanes systems"]:
     """The final ratings of each lane, which plays the matches of its column from the first row to the last.
 
@@ -202,6 +204,7 @@ def draws(
         yield random.multinomial(questions, np.full(questions, 1 / questions), size=size).astype(np.float64)
 
 
+@np.errstate(over="ignore")
 def mean_ratings(
     pairs: Int[np.ndarray, "pairs 2"],
     met: Float[np.ndarray, "draws pairs"],

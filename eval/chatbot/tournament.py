@@ -52,8 +52,8 @@ class TournamentOptions:
     """Print one JSON object on stdout."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.k < 1e6:
-            raise ValueError(f"k is {self.k}; it must be a number above 0")
+        if not 0 < self.k <= 1000:
+            raise ValueError(f"k is {self.k}; it must be above 0, and at most 1000")
         for name, least in (("orderings", 1), ("resamples", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
