@@ -154,6 +154,7 @@ def test_the_same_seed_gives_the_same_on_any_number_of_threads(monkeypatch):
     assert one == three
     assert elo(matches, orderings=100, resamples=50, seed=1) != one
     assert block_sizes(120, 100) == [16] * 6 + [4]
+    assert elo(matches, orderings=32, resamples=0).rating != elo(matches, orderings=16, resamples=0).rating
 
 
 def test_blocks_keep_memory_bounded():

@@ -83,7 +83,7 @@ def matches_of(verdicts: Sequence[Verdict]) -> Matches:
 def elo(
     matches: Matches, k: float = 4.0, orderings: int = 10_000, resamples: int = 1000, seed: int = 0, threads: int = 0
 ) -> Elo:
-    """Ratings with both intervals; the same for the same seed, whatever the number of threads (0: one a core, up to four)."""
+    """Ratings with both intervals, which hang on the seed and not on the threads (0: one a core, up to four)."""
     count = len(matches.systems)
     sizes = block_sizes(len(matches.codes), orderings)
     total, squares = np.zeros(count), np.zeros(count)
