@@ -33,6 +33,9 @@ VERBS = {
     "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),
     "judge": Verb("eval.chatbot.judge", "JudgeOptions", "command", "let a model compare chatbots' answers"),
     "merge": Verb("models.merge", "MergeOptions", "command", "base and adapter to one 16-bit checkpoint"),
+    "tournament": Verb(
+        "eval.chatbot.tournament", "TournamentOptions", "command", "ratings of chatbots: Elo, percent, agreement"
+    ),
     "bench": Verb("benchmarks.command", "BenchOptions", "command", "speed and memory, beside others' and targets"),
     "sweep": Verb(
         "train.sweep.command", "SweepOptions", "command", "a grid of runs, resumable, with a table and plots"
