@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import eval.chatbot.endpoint as endpoint
 import models
 import qlora
 from eval.chatbot.answers import short_id
+from eval.chatbot.tally import Tally, print_table
 from models.writing import answer as written
 from tests import tiny
 from tests.chat_server import Answer, chat_server
@@ -130,6 +132,16 @@ def test_equal_scores_are_a_tie(files, capsys):
     first, second = found["pairs"]
     assert [(it["wins"], it["ties"], it["losses"]) for it in (first, second)] == [(1, 1, 1), (0, 3, 0)]
     assert (first["first_score"], first["second_score"]) == (8.0, 6.5)
+
+
+def test_the_table_has_short_names_where_they_tell_systems_apart(capsys):
+    def shown(*names):
+        pairs = [Tally(a, b, "file", 1, 1, 0, 0, 0) for a in names for b in names if a != b]
+        print_table(pairs, Console(width=200))
+        return {word for line in capsys.readouterr().out.splitlines()[1:] for word in line.split()[:2]}
+
+    assert shown("answer_gpt4", "7b-guanaco-vicuna-generations-topp0.9") == {"gpt-4", "guanaco-7b"}
+    assert shown("answer_gpt4", "gpt-4", "[b]") == {"answer_gpt4", "gpt-4", "[b]"}
 
 
 def test_relative_scores_are_asked_against_the_reference_alone(files, capsys):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval.chatbot.judging import PairFile, unparsed
+from eval.chatbot.systems import short_name
 from eval.chatbot.verdicts import FIRST, SECOND
 
 if TYPE_CHECKING:
@@ -51,10 +52,14 @@ def tally(pair: PairFile) -> Tally:
 
 
 def print_table(tallies: Sequence[Tally], console: "Console") -> None:
-    """A row for each ordered pair."""
+    """A row for each ordered pair, with the systems' short names where those tell them apart."""
     from rich.table import Table
     from rich.text import Text
 
+    systems = {name for it in tallies for name in (it.first, it.second)}
+    short = {name: short_name(name) for name in systems}
+    if len(set(short.values())) < len(systems):
+        short = {name: name for name in systems}
     relative = any(it.first_score is not None for it in tallies)
     table = Table(box=None, pad_edge=False)
     for name in ("shown first", "shown second"):
@@ -62,7 +67,7 @@ def print_table(tallies: Sequence[Tally], console: "Console") -> None:
     for name in ("first wins", "ties", "second wins", "unparsed", *(("mean scores",) if relative else ())):
         table.add_column(name, justify="right")
     for it in tallies:
-        cells: list[Any] = [Text(it.first), Text(it.second)]
+        cells: list[Any] = [Text(short[it.first]), Text(short[it.second])]
         cells += [str(count) for count in (it.wins, it.ties, it.losses, it.unparsed)]
         if relative:
             known = it.first_score is not None and it.second_score is not None
