@@ -9,6 +9,7 @@ import models
 import qlora
 from eval.chatbot.answers import read_answers, short_id
 from eval.chatbot.questions import read_questions
+from eval.chatbot.sampled import Settings
 from eval.examinee import Examinee
 from eval.generate import NUCLEUS, GenerateOptions, SamplingOptions
 from eval.generation import Generate, generation
@@ -140,9 +141,11 @@ def test_a_t5_answers_too_but_not_in_a_chat(questions, tmp_path, capsys):
     assert not (tmp_path / "b.jsonl").exists()
 
 
-def test_what_the_model_writes_in_the_users_name_is_no_answer(model):
+def test_what_the_model_writes_in_the_users_name_is_no_answer(model, questions):
     loaded, tokenizer = models.load(model, dtype=torch.float32), models.load_tokenizer(model)
     examinee = Examinee(tokenizer=tokenizer, architecture="llama", max_tokens=256, loaded=loaded)
+    how = Settings(system="a", max_new_tokens=9, sampling=NUCLEUS, seed=0, identity="b", chat=False)
+    assert how.request(examinee, read_questions(questions)[0]).stop == ("### Human:",)
     free = generation(examinee, "It is", 12)
     [[text]] = Generate.answer(examinee, [[free]])
     mark = text[4:6]
@@ -194,5 +197,13 @@ def test_what_does_not_go_together_is_refused(given, message):
 def test_a_window_too_small_for_the_answer_is_refused(model, questions, tmp_path, capsys):
     err = generated(capsys, model, questions, tmp_path / "a.jsonl", "--max-new-tokens", 256, code=3)
     assert "256 tokens are to be written, but the model takes 256 at once" in err
-    found = generated(capsys, model, questions, tmp_path / "a.jsonl", "--max-new-tokens", 200)
-    assert found["cut"] == sum("cut" in row["metadata"] for row in rows(tmp_path / "a.jsonl")) > 0
+
+
+def test_a_question_too_long_for_the_model_loses_its_beginning_and_says_so(model, tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({"question_id": 2, "text": "Why? " * 200}))
+    assert generated(capsys, model, path, tmp_path / "a.jsonl")["cut"] == 1
+    short, long = rows(tmp_path / "a.jsonl")
+    assert "cut" not in short["metadata"]
+    tokenizer = models.load_tokenizer(model)
+    assert long["metadata"]["cut"] == len(tokenizer.encode(long["prompt"])) - (256 - 12)
