@@ -6,7 +6,7 @@ import torch
 import models
 from models.config import LlamaConfig
 from models.model import Model
-from models.sampling import Sampling, choose
+from models.sampling import Sampling, choose, draw
 from tests.golden import GOLDEN
 from tests.tiny_t5 import V1_1, t5
 
@@ -141,6 +141,12 @@ def test_rows_with_seeds_of_their_own_draw_from_the_distribution():
     found = choose(logits, Sampling(temperature=1.0), None, generators).bincount(minlength=5) / 4000
     torch.testing.assert_close(found, logits[0].softmax(0), atol=0.03, rtol=0)
     assert found[1] == found[4] == 0
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (0.49, 1), (0.5, 3), (1 - 2**-53, 3)])
+def test_no_number_draws_an_impossible_token(monkeypatch, number, token):
+    monkeypatch.setattr(torch, "rand", lambda *_, **how: torch.tensor([number], dtype=torch.float64))
+    assert draw(torch.tensor([[0.0, 0.5, 0.0, 0.5]]), [torch.Generator()]).tolist() == [token]
 
 
 def drawn(sampling, logits, n=4000, seen=None):
