@@ -28,10 +28,14 @@ VERBS = {
     "train": Verb("train.finetune", "TrainOptions", "command", "fine-tune adapters on a quantized base"),
     "resume": Verb("train.resume", "ResumeOptions", "command", "go on with a run that was killed or interrupted"),
     "export": Verb("models.export", "ExportOptions", "command", "adapter, 4-bit checkpoint or GGUF for other tools"),
-    "generate": Verb("models.writing", "GenerateOptions", "generate_command", "write on from a prompt"),
+    "generate": Verb("eval.generate", "GenerateOptions", "command", "write on from a prompt, or answer questions"),
     "chat": Verb("models.writing", "ChatOptions", "chat_command", "talk with a model or a run"),
     "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),
+    "judge": Verb("eval.chatbot.judge", "JudgeOptions", "command", "let a model compare chatbots' answers"),
     "merge": Verb("models.merge", "MergeOptions", "command", "base and adapter to one 16-bit checkpoint"),
+    "tournament": Verb(
+        "eval.chatbot.tournament", "TournamentOptions", "command", "ratings of chatbots: Elo, percent, agreement"
+    ),
     "bench": Verb("benchmarks.command", "BenchOptions", "command", "speed and memory, beside others' and targets"),
     "sweep": Verb(
         "train.sweep.command", "SweepOptions", "command", "a grid of runs, resumable, with a table and plots"

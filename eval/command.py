@@ -5,11 +5,8 @@ that was killed goes on, and one that is repeated asks the model nothing.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,15 +15,14 @@ from tyro.conf import Positional
 from eval.cache import Cache
 from eval.evaluate import evaluate, limited
 from eval.examinee import UNLIMITED, Examinee
+from eval.loading import load_examinee
+from eval.progress import progress
 from eval.registry import Settings, build
 from eval.results import About, as_json, sanitized, table, write
-from models import Llama
 from models.checkpoint import describe
 from models.commit import git_commit
 from models.files import write_whole
-from models.fingerprint import fingerprint
-from models.roberta import Roberta
-from models.target import LoadOptions, Target, load_target, resolve
+from models.target import LoadOptions, Target, resolve
 from models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -86,7 +82,7 @@ def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
         return write_prompts(options, Path(options.prompts), console)
     began = datetime.now()
     parts = resolve(options.target, options.load)
-    examinee = load_examinee(options, parts)
+    examinee = load_examinee(options.target, options.load, options.chat)
     suites = build(options.task, options.settings, examinee)
     directory = out_directory(options, parts)
     cache = Cache(directory / "answers.sqlite" if options.cache else None)
@@ -112,28 +108,6 @@ def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
     paths = write(found, results, directory, began)
     tell(results, table(found), cache.hits, paths[0], console)
     return {**results, "files": [str(path) for path in paths]}
-
-
-def load_examinee(options: EvalOptions, parts: Target) -> Examinee:
-    """The model that is examined."""
-    model, tokenizer = load_target(options.target, options.load)
-    architecture = "llama" if isinstance(model, Llama) else "roberta" if isinstance(model, Roberta) else "t5"
-    return Examinee(
-        tokenizer=tokenizer,
-        architecture=architecture,
-        max_tokens=model.max_tokens or UNLIMITED,
-        loaded=model,
-        identity=identity(parts, options.load, str(model.dtype), model.device.type),
-        chat=options.chat,
-    )
-
-
-def identity(parts: Target, load: LoadOptions, dtype: str, device: str) -> str:
-    """What tells a model's answers from another's: its files, how it is quantized, what it computes in."""
-    files = [fingerprint(path) for path in (parts.base, parts.adapter) if path is not None]
-    quant = None if parts.quant is None else asdict(parts.quant)
-    what = [files, quant, dtype, device, parts.head, parts.labels, load.head, load.num_labels]
-    return sha256(json.dumps(what).encode()).hexdigest()
 
 
 def out_directory(options: EvalOptions, parts: Target) -> Path:
@@ -177,16 +151,3 @@ def tell(results: dict[str, Any], shown: str, hits: int, path: Path, console: "C
     if hits:
         console.print(f"{hits} answers were there from an earlier evaluation")
     console.print(f"results in {path}", markup=False)
-
-
-@contextmanager
-def progress(console: "Console") -> Iterator[Callable[[int, int], None] | None]:
-    """A live line on a terminal; nothing elsewhere."""
-    if not console.is_terminal:
-        yield None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    with Progress("asking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

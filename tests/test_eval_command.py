@@ -175,7 +175,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(model, tmp_path):
 
 
 def test_prompts_are_written_and_the_model_is_asked_nothing(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("eval.command.load_target", lambda *_: 1 / 0)
+    monkeypatch.setattr("eval.command.load_examinee", lambda *_: 1 / 0)
     found, _ = told(capsys, model, "--task", "toy_a,toy_write", "--limit", 2, "--prompts", tmp_path / "p.jsonl")
     assert found == {"prompts": 3, "file": str(tmp_path / "p.jsonl")}
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]

@@ -5,7 +5,6 @@ examples is drawn as points, since it was measured at single steps: the loss, an
 such as accuracy. Of several runs each has a colour, and a line of the legend.
 """
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
+from eval.figures import save
 from models.errors import ConfigError
-from models.files import write_whole
 from train.run import read_metrics
 
 if TYPE_CHECKING:
@@ -73,16 +72,6 @@ def plot_runs(runs: Sequence[Path | str], target: Path | str) -> list[Path]:
     explain(figure, loss, {name: f"C{index}" for index, name in enumerate(records)} if len(records) > 1 else {})
 
     return save(figure, Path(target))
-
-
-def save(figure: Any, target: Path) -> list[Path]:
-    """Write a figure as PNG and as SVG, each there whole or not at all."""
-    files = [target.with_suffix(".png"), target.with_suffix(".svg")]
-    for file in files:
-        content = io.BytesIO()
-        figure.savefig(content, format=file.suffix[1:], dpi=150)
-        write_whole(file, content.getvalue())
-    return files
 
 
 def measured(lines: Iterable[dict[str, Any]]) -> list[str]:

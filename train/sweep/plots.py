@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from train.plot import explain, save, smooth
+from eval.figures import save
+from train.plot import explain, smooth
 from train.run import read_metrics
 from train.sweep.cells import state
 from train.sweep.grid import Sweep
