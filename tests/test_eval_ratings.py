@@ -167,6 +167,15 @@ def test_ids_that_say_nothing_leave_the_order_of_the_name(tmp_path):
     assert {(v.first, v.second) for v in only(read).verdicts} == {("a", "b"), ("a", "c"), ("b", "c")}
 
 
+def test_rows_that_name_their_systems_are_believed_whatever_the_ids(tmp_path):
+    for second in "bc":
+        row = rating(1, 1, answer1_id=f"answer of {second}", answer2_id="answer of a")
+        written(tmp_path / f"a-vs-{second}.jsonl", [row])
+        written(tmp_path / "named" / f"{second}.jsonl", [{**row, "system1": "a", "system2": second}])
+    assert len(read_ratings(list(tmp_path.glob("*.jsonl"))).turned) == 2
+    assert read_ratings([tmp_path / "named"]).turned == []
+
+
 def test_an_answer_that_two_systems_gave_alike_turns_no_file(tmp_path):
     """The ids of equal texts are equal, so that an answer seems to be the third system's."""
     for first, second in ("ac", "bc", "ab"):
@@ -326,6 +335,16 @@ def test_of_a_rater_s_votes_on_one_thing_the_last_counts(tmp_path):
         tmp_path / "votes.db", [("1", "a", "b", 1, "ann"), ("1", "a", "b", 3, "ann"), ("1", "a", "b", 1, "bob")]
     )
     assert [v.score for v in only(read_ratings([path])).verdicts] == [3, 1]
+
+
+def test_people_s_files_in_both_orders_belong_together(tmp_path):
+    written(tmp_path / "a-vs-b-human-reviewer_threeclass.jsonl", [rating(1, 1), rating(1, 3)])
+    written(tmp_path / "b-vs-a-human-reviewer_threeclass.jsonl", [rating(1, 2)])
+    written(tmp_path / "a-vs-b-gpt-4-reviewer-threeclass.jsonl", [rating(1, 1)])
+    written(tmp_path / "b-vs-a-gpt-4-reviewer-threeclass.jsonl", [rating(1, 2)])
+    outcomes = {each.judge: majorities(each.verdicts) for each in read_ratings([tmp_path]).sets}
+    assert outcomes["human"] == [Verdict("1", "a", "b", 1)]
+    assert outcomes["gpt-4"] == [Verdict("1", "a", "b", 1), Verdict("1", "b", "a", 2)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from scipy import stats
 
 import qlora
 from tests.rating_files import rating, voted, write_released, written
@@ -49,6 +50,14 @@ def test_one_command_reads_all_layouts(everything):
     assert len(between["systems"]) == len(between["without"]) == 8
     assert between["kappa"]["items"] == 560
     assert report["median_ranks"]["gpt-4"] == 1
+    one, other = (
+        {each["system"]: each["rating"] for each in report["tournaments"][between[side]]["standings"]}
+        for side in ("one", "other")
+    )
+    for out, found in [(None, between), *between["without"].items()]:
+        left = [[ratings[name] for name in sorted(one) if name != out] for ratings in (one, other)]
+        assert found["kendall_tau"] == pytest.approx(stats.kendalltau(*left).statistic)
+        assert found["spearman_rho"] == pytest.approx(stats.spearmanr(*left).statistic)
 
 
 def test_the_wins_of_a_tournament_are_its_losses(everything):

@@ -11,7 +11,7 @@ from statistics import median
 import numpy as np
 from jaxtyping import Float, Int
 
-from eval.chatbot.verdicts import FIRST, SECOND, TIE, UNPARSED
+from eval.chatbot.verdicts import FIRST, SECOND, TIE
 from eval.chatbot.votes import Verdict, items
 
 
@@ -92,12 +92,13 @@ def between_raters(verdicts: Sequence[Verdict], ties: bool = True) -> Kappa:
 
 def between_kinds(one: Sequence[Verdict], other: Sequence[Verdict]) -> Kappa:
     """Kappa between two sets of verdicts, one an item, over the items that both have, shown in the same order."""
-    there = {(v.question, v.first, v.second): v.score for v in other if v.score != UNPARSED}
-    keyed = [(v.score, (v.question, v.first, v.second)) for v in one if v.score != UNPARSED]
+    there = {(v.question, v.first, v.second): v.score for v in other}
+    keyed = [(v.score, (v.question, v.first, v.second)) for v in one]
     return fleiss_kappa(tally([[score, there[key]] for score, key in keyed if key in there]))
 
 
 def tally(votes: Sequence[Sequence[int]]) -> Int[np.ndarray, "items 3"]:
+    """How many votes of an item are for the first answer, for the second and for a tie; unparsed ones are none."""
     table = [[item.count(score) for score in (FIRST, SECOND, TIE)] for item in map(list, votes)]
     return np.array(table, dtype=np.int64).reshape(-1, 3)
 

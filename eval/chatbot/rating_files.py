@@ -67,7 +67,7 @@ def read_rows(path: Path, names: Names) -> RowFile:
             raise alike(where, first, second, systems[0])
         score = score_of(row, where)
         ids = row.get("answer1_id"), row.get("answer2_id")
-        telling = all(isinstance(id, str) and id for id in ids) and ids[0] != ids[1] and "system1" not in row
+        telling = all(isinstance(id, str) and id for id in ids) and "system1" not in row
         rows.append(Row(question, systems, (str(ids[0]), str(ids[1])) if telling else None, score))
         note = {"where": where, "question": question, "stored": row["score"]}
         parsed = parsed_reply(row, score)
