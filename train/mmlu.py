@@ -6,14 +6,13 @@ run with MMLU and one without make the same steps.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from eval.examinee import UNLIMITED, Examinee
-from eval.mmlu.family import build
+from eval.mmlu.family import FAMILY
 from eval.mmlu.subjects import NAMES
-from eval.mmlu.task import Subject
 from eval.mmlu.tracking import Examination
+from eval.registry import data_path
 from eval.task import Spec
 from models import ConfigError, Model, Tokenizer
 from models.checkpoint import Description
@@ -91,18 +90,15 @@ def examination(config: MmluConfig, tokenizer: Tokenizer, base: Description) -> 
     examinee = Examinee(
         tokenizer=tokenizer, architecture=base.architecture, max_tokens=base.config.max_tokens or UNLIMITED
     )
-    suite = build(
-        Spec(
-            name=config.task,
-            examinee=examinee,
-            data=Path(config.data),
-            protocol="qlora",
-            split=config.split,
-            num_fewshot=config.num_fewshot,
-            window=config.max_len,
-        )
+    spec = Spec(
+        name=config.task,
+        examinee=examinee,
+        data=data_path(config.data, FAMILY),
+        split=config.split,
+        num_fewshot=config.num_fewshot,
+        window=config.max_len,
     )
-    found = Examination([task for task in suite.tasks if isinstance(task, Subject)], examinee, config.limit)
+    found = Examination(spec, config.limit)
     if found.cut and config.max_len > examinee.max_tokens:
         raise ConfigError(
             f"mmlu: {found.cut} prompts have more tokens than the {examinee.max_tokens} that the model takes, and "
@@ -113,7 +109,7 @@ def examination(config: MmluConfig, tokenizer: Tokenizer, base: Description) -> 
 
 def remark(found: Examination, config: MmluConfig) -> list[str]:
     """What is asked, and of what a part is lost."""
-    said = f"MMLU: {len(found.asked)} questions at each evaluation"
+    said = f"MMLU: {len(found)} questions at each evaluation"
     cut = f"; {found.cut} prompts are longer than {config.max_len} tokens and lose their end" if found.cut else ""
     return [said + cut]
 

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,12 +36,13 @@ def examinee(directory: Path, max_tokens: int = 2048, loaded: models.Model | Non
     return Examinee(tokenizer=tokenizer, architecture="llama", max_tokens=max_tokens, loaded=loaded)
 
 
-def suite(who: Examinee, data: Path, name: str = "mmlu_anatomy", **settings: object) -> Suite:
+def suite(who: Examinee, data: Path, name: str = "mmlu_anatomy", **settings: Any) -> Suite:
     return FAMILY.build(Spec(name=name, examinee=who, data=data, **settings))
 
 
-def always(model: models.Llama, id: int, by: float = 10.0) -> models.Llama:
+def always(model: models.Model, id: int, by: float = 10.0) -> models.Llama:
     """The model, which from now on finds one token `by` nats more probable than any other, whatever it reads."""
+    assert isinstance(model, models.Llama)
     scores = torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor([id]), by)
     model.head = lambda hidden: scores.expand(*hidden.shape[:-1], -1)  # pyrefly: ignore[bad-assignment]
     return model
