@@ -55,6 +55,23 @@ class GroupOutcome:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """One task, and what is asked of each of its documents."""
+
+    task: Task
+    documents: Sequence[Document]
+    requests: Sequence[Sequence[Request]]
+
+
+@dataclass(frozen=True)
+class Questionnaire:
+    """All that is asked; it can be put to several models with one tokenizer, or to one again after it has learned."""
+
+    asked: Sequence[Asked]
+    groups: Sequence[Group]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What an evaluation found out."""
 
@@ -75,19 +92,33 @@ def evaluate(
 
     `limit` takes so many documents of each task from its start or, below 1, such a share of them.
     """
-    tasks = [task for suite in suites for task in suite.tasks]
-    documents = [limited(task, limit) for task in tasks]
-    asked = [
-        [task.requests(document, examinee) for document in chosen]
-        for task, chosen in zip(tasks, documents, strict=True)
-    ]
-    flat = [request for of_task in asked for of_document in of_task for request in of_document]
+    return answered(questionnaire(suites, examinee, limit), examinee, batch_size, cache, progress)
+
+
+def questionnaire(suites: Sequence[Suite], examinee: Examinee, limit: int | float | None = None) -> Questionnaire:
+    """What is to be asked; of the examinee only the tokenizer is needed."""
+    asked = []
+    for task in [task for suite in suites for task in suite.tasks]:
+        documents = limited(task, limit)
+        asked.append(Asked(task, documents, [task.requests(document, examinee) for document in documents]))
+    return Questionnaire(asked, [group for suite in suites for group in suite.groups])
+
+
+def answered(
+    questions: Questionnaire,
+    examinee: Examinee,
+    batch_size: BatchSize = "auto",
+    cache: Cache | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Ask everything, then score every task and group."""
+    flat = [request for it in questions.asked for of_document in it.requests for request in of_document]
     answers = iter(answer_all(examinee, flat, batch_size, cache, progress))
     outcomes = {
-        task.name: scored(task, chosen, requests, [[next(answers) for _ in each] for each in requests])
-        for task, chosen, requests in zip(tasks, documents, asked, strict=True)
+        it.task.name: scored(it.task, it.documents, it.requests, [[next(answers) for _ in r] for r in it.requests])
+        for it in questions.asked
     }
-    groups = [group for suite in suites for group in suite.groups]
+    groups = questions.groups
     return Evaluation(outcomes, {group.name: grouped(group, groups, outcomes) for group in groups})
 
 
@@ -121,21 +152,25 @@ def scored(
 
 
 def grouped(group: Group, groups: Sequence[Group], outcomes: Mapping[str, Outcome]) -> GroupOutcome:
-    """The scores that all tasks of a group have, each a mean over documents or, with `equal`, over tasks."""
+    """The scores that all tasks of a group have, each a mean over documents or, with `equal`, over tasks.
+
+    A metric that is `micro` is one over documents in any case.
+    """
     names = leaves(group, {it.name: it for it in groups})
     members = [outcomes[name] for name in names]
     shared = [name for name in members[0].scores if all(name in member.scores for member in members)]
     scores = {}
     for name in shared:
+        equal = group.equal and not members[0].task.metrics[name].micro
         values = [member.scores[name].value for member in members]
         stderrs = [member.scores[name].stderr for member in members]
         sizes = [sum(name in value for value in member.values) for member in members]
         known = [error for error in stderrs if error is not None]
         stderr = None
         if len(known) == len(stderrs):
-            stderr = equal_stderr(known) if group.equal else pooled_stderr(known, sizes)
-        weighed = [value * (1 if group.equal else size) for value, size in zip(values, sizes, strict=True)]
-        value = math.fsum(weighed) / (len(values) if group.equal else sum(sizes))
+            stderr = equal_stderr(known) if equal else pooled_stderr(known, sizes)
+        weighed = [value * (1 if equal else size) for value, size in zip(values, sizes, strict=True)]
+        value = math.fsum(weighed) / (len(values) if equal else sum(sizes))
         scores[name] = Score(value, stderr, members[0].scores[name].higher_is_better)
     return GroupOutcome(group, names, scores)
 

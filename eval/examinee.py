@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from models import Model, Tokenizer, render_chat
+from models.parts import Parts
 
 UNLIMITED = 2048  # tokens that a model takes at once which has no limit of its own, as in the harness
 
@@ -36,9 +37,15 @@ class Examinee:
         id = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         return [] if id is None else [id]
 
+    @cached_property
+    def parts(self) -> Parts:
+        """Encodes once what prompts have in common."""
+        return Parts(self.tokenizer)
+
     def encode(self, text: str) -> list[int]:
         """A text's ids, with the beginning-of-text id where this tokenizer was trained with one."""
-        return self.tokenizer.encode(text, bos=self.tokenizer.adds_bos)
+        ids = self.parts.encode(text)
+        return [*self.prefix, *ids] if self.tokenizer.adds_bos else ids
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of a context and of what follows it: both are encoded as one text, which is split where the context ends.

@@ -1,11 +1,11 @@
 """How probable a model finds a text, given what stands before it.
 
 Continuations of one token after the same context, such as the letters of a multiple choice, take one row of a batch
-among them: the logits behind the context tell all of them.
+among them: the logits behind the context tell all of them. So do others that begin alike (`in_one_row`).
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,8 @@ class Likelihood:
     continuation: str = field(compare=False)
     cut: int = field(default=0, compare=False)
     """Tokens of the context that there was no room for."""
+    longer: tuple[int, ...] = field(default=(), compare=False)
+    """A continuation that this one begins, but for its last token, and whose row of a batch it can share."""
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -36,12 +38,17 @@ class Likelihood:
         return "likelihood", self.context_ids, self.continuation_ids
 
     @property
+    def behind(self) -> tuple[int, ...]:
+        """What the row's input has behind the context: the last token of a continuation is never an input."""
+        return (self.longer or self.continuation_ids)[:-1]
+
+    @property
     def row(self) -> Hashable:
-        return "likelihood", self.context_ids, self.continuation_ids[:-1]
+        return "likelihood", self.context_ids, self.behind
 
     @property
     def length(self) -> int:
-        return len(self.context_ids) + len(self.continuation_ids) - 1
+        return len(self.context_ids) + len(self.behind)
 
     @classmethod
     def answer(cls, examinee: Examinee, rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
@@ -54,8 +61,9 @@ def likelihood(
     continuation: str,
     keep: Literal["end", "start"] = "end",
     room: int | None = None,
+    ends: bool = False,
 ) -> Likelihood:
-    """The question how probable a continuation is.
+    """The question how probable a continuation is; with `ends` the end-of-text token, if there is one, is part of it.
 
     Of a context that there is no room for, the end is kept, as in the harness, or the start. `room` is the most tokens
     of the context, where that is to be less than the model takes.
@@ -63,6 +71,8 @@ def likelihood(
     before, after = examinee.pair(context, continuation)
     if not after:
         raise DataError(f"the continuation {continuation!r} has no tokens of its own after {context[-40:]!r}")
+    if ends and examinee.tokenizer.eos_token_id is not None:
+        after = [*after, examinee.tokenizer.eos_token_id]
     if examinee.architecture == "t5":
         most = examinee.max_tokens
     else:  # the last token of a continuation is never an input
@@ -78,6 +88,17 @@ def likelihood(
         continuation=continuation,
         cut=len(before) - len(kept),
     )
+
+
+def in_one_row(requests: Sequence[Likelihood]) -> list[Likelihood]:
+    """The same questions, of which those that one row of a batch can answer together are marked so."""
+    longest = max(requests, key=lambda it: len(it.continuation_ids))
+
+    def fits(it: Likelihood) -> bool:
+        begun = it.continuation_ids[:-1]
+        return it.context_ids == longest.context_ids and longest.continuation_ids[: len(begun)] == begun
+
+    return [replace(it, longer=longest.continuation_ids) if fits(it) else it for it in requests]
 
 
 def rolling(examinee: Examinee, text: str) -> list[Likelihood]:
@@ -114,14 +135,14 @@ def answer_rows(examinee: Examinee, rows: Sequence[Sequence[Likelihood]]) -> lis
     model = examinee.model
     first = [group[0] for group in rows]
     if isinstance(model, Llama):
-        inputs = [[*it.context_ids, *it.continuation_ids[:-1]] for it in first]
+        inputs = [[*it.context_ids, *it.behind] for it in first]
         ids, mask = padded(inputs, model.device)
         hidden = model.model(ids, mask)
         starts = [len(it.context_ids) - 1 for it in first]
     elif isinstance(model, T5):
         ids, mask = padded([it.context_ids for it in first], model.device)
         begun = model.config.decoder_start_token_id
-        decoder, _ = padded([[begun, *it.continuation_ids[:-1]] for it in first], model.device)
+        decoder, _ = padded([[begun, *it.behind] for it in first], model.device)
         hidden = model.decode(decoder, model.encode(ids, mask), mask)
         starts = [0] * len(first)
     else:

@@ -12,11 +12,16 @@ from eval.task import Family, Spec, Suite
 from models import ConfigError
 
 MODULES = (
+    "eval.perplexity",
+    "eval.mmlu.family",
+    "eval.glue.family",
+    "eval.superni.family",
+    "eval.crows",
     "eval.choice.generic",
     "eval.choice.zero_shot",
     "eval.choice.bigbench",
     "eval.choice.raft",
-    "eval.superni.family",
+    "eval.lemons.family",
 )  # each with a FAMILY
 
 

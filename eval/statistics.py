@@ -20,6 +20,8 @@ class Metric:
     aggregate: Callable[[Sequence[Any]], float]
     stderr: Callable[[Sequence[Any]], float | None]
     higher_is_better: bool = True
+    micro: bool = False
+    """In groups it is a mean over documents, even where their tasks count the same."""
 
 
 def mean(values: Sequence[float]) -> float:

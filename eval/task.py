@@ -91,7 +91,7 @@ class Spec:
     split: str | None = None
     num_fewshot: int | None = None
     window: int | None = None
-    """Tokens in a window, for perplexities."""
+    """Tokens in a window, for perplexities; the most tokens of a prompt, for MMLU."""
     seed: int = 1234
 
 

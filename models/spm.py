@@ -7,12 +7,14 @@ fields that a GGUF file holds are written in the same wire format, for which pro
 
 import struct
 from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import NoReturn
 
 # The fields of the message, by number, and the kinds of pieces; GGUF's token types are the same numbers.
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE_MODEL = 2
-SPACE = "▁"
+SPACE, LINE_END = "▁", "<0x0A>"
 
 
 class SentencePieces:
@@ -22,8 +24,8 @@ class SentencePieces:
         import sentencepiece
 
         # the library takes a model that was cut between two fields, and an empty one
-        absent = {PIECES, TRAINER, NORMALIZER} - _fields(model)
-        if absent:
+        parts = _fields(model)
+        if {PIECES, TRAINER, NORMALIZER} - parts.keys():
             raise ValueError("it is truncated or no SentencePiece model: parts of it are missing")
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -35,7 +37,16 @@ class SentencePieces:
         self.unk_id: int = p.unk_id()
         self.roles = {"bos": p.bos_id(), "eos": p.eos_id(), "pad": p.pad_id(), "unk": p.unk_id()}
         self.special = {p.id_to_piece(i): i for i in range(self.size) if p.is_control(i) or p.is_unknown(i)}
+        self.merges = _model_type(parts[TRAINER]) == BPE_MODEL
         self.starts_with_space: bool = p.encode("a", out_type=str)[:1] in ([SPACE + "a"], [SPACE])
+
+    @cached_property
+    def lines_apart(self) -> bool:
+        """Is nothing ever joined across a line end? So it is in BPE that writes it as a byte, and in no piece."""
+        p = self.processor
+        begin = [SPACE] if self.starts_with_space else []
+        alone = p.encode("\n\n", out_type=str) == [*begin, LINE_END, LINE_END]
+        return alone and self.merges and not any("\n" in p.id_to_piece(i) for i in range(self.size))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; control pieces spelled in it are plain text."""
@@ -98,29 +109,45 @@ def _varint(value: int) -> bytes:
     return bytes(out) + bytes([value])
 
 
-def _fields(model: bytes) -> set[int]:
-    """Numbers of the fields that a message holds in full; in a SentencePiece model all are chunks."""
-    return set(_walk(model))
+def _fields(model: bytes) -> dict[int, bytes]:
+    """The fields that a message holds in full, by number, of each the last; in a SentencePiece model all are chunks."""
+    return {field: value if isinstance(value, bytes) else _broken() for field, value in _walk(model)}
 
 
-def _walk(model: bytes) -> Iterator[int]:
+def _model_type(trainer: bytes) -> int:
+    """The kind of a model, which is UNIGRAM where nothing is said."""
+    return next((int(value) for field, value in _walk(trainer) if field == 3 and isinstance(value, int)), 1)
+
+
+def _walk(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Number and value of each field: bytes for a chunk, and any number as a whole one."""
     position = 0
 
     def varint() -> int:
         nonlocal position
         value = shift = 0
-        while position < len(model) and shift < 64:
-            byte = model[position]
+        while position < len(message) and shift < 64:
+            byte = message[position]
             position += 1
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return value
             shift += 7
-        raise ValueError("it is truncated or no SentencePiece model")
+        return _broken()
 
-    while position < len(model):
-        tag, length = varint(), varint()
+    while position < len(message):
+        tag = varint()
+        field, kind = tag >> 3, tag & 7
+        if kind == 0:
+            yield field, varint()
+            continue
+        length = varint() if kind == 2 else {1: 8, 5: 4}.get(kind) or _broken()
         position += length
-        if tag & 7 != 2 or position > len(model):
-            raise ValueError("it is truncated or no SentencePiece model")
-        yield tag >> 3
+        if position > len(message):
+            _broken()
+        value = message[position - length : position]
+        yield field, value if kind == 2 else int.from_bytes(value, "little")
+
+
+def _broken() -> NoReturn:
+    raise ValueError("it is truncated or no SentencePiece model")

@@ -44,6 +44,14 @@ def scanned(path, **options):
 # Finding and reading
 
 
+@pytest.mark.parametrize(("exact", "kept"), [(False, "one\ntwo"), (True, "one\r\ntwo")])
+def test_windows_line_ends_within_a_field_stay_where_that_is_wanted(folder, exact, kept):
+    content = 'text,label\r\n"one\r\ntwo",1\r\nthree,2\r\n'
+    file, found = scanned(written(folder, content, "ends.csv"), exact=exact)
+    assert found == [{"text": kept, "label": "1"}, {"text": "three", "label": "2"}]
+    assert [file[number] for number in range(len(file))] == found
+
+
 @given(records=record_lists, indent=st.none() | st.integers(0, 2), ascii=st.booleans(), ends=st.sampled_from("\n\r"))
 def test_every_record_is_found_and_read_again_from_lines_and_lists(folder, records, indent, ascii, ends):
     end = "\r\n" if ends == "\r" else "\n"

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from models.labelled import HEADS
 from models.precision import parts_in_memory, statement
-from train.loop import TrainResult
+from train.loop import TrainResult, without_split
+from train.mmlu import remark, shown
 from train.preparation import Finetuning, prepare
 from train.recipe import RunConfig
+from train.run import read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +39,9 @@ def outcome(finetuning: Finetuning, result: TrainResult, console: "Console") -> 
     """Say what came of a run, and give it as JSON would; one that was interrupted ends the process."""
     for evaluation in (result.evaluations[0], result.evaluations[-1]) if result.evaluations else ():
         console.print(f"{measured(evaluation)} after step {evaluation['step']:.0f}")
+    tracked = [line for line in read_metrics(finetuning.run.directory) if line["split"] == "mmlu"]
+    for line in (tracked[0], tracked[-1]) if tracked else ():
+        console.print(f"{shown(line)} after step {line['step']}")
     console.print(f"{result.status}: {finetuning.result.name} in {finetuning.result}")
     if result.signal is not None:
         raise SystemExit(128 + result.signal)
@@ -46,6 +51,7 @@ def outcome(finetuning: Finetuning, result: TrainResult, console: "Console") -> 
         "steps": result.state.step,
         "loss": result.loss,
         "evaluations": list(result.evaluations),
+        **({"mmlu": [without_split(line) for line in tracked]} if tracked else {}),
         "seconds": round(result.seconds, 2),
         "peak_memory": result.peak_memory,
         "optimizer": {"state_bytes": result.state_bytes, "managed_bytes": result.managed_bytes},
@@ -66,6 +72,8 @@ def opening(finetuning: Finetuning, given: RunConfig) -> list[str]:
     lines += finetuning.data.warnings
     if not config.adapters:
         lines.append("every weight is trained, in float32")
+    if finetuning.examination is not None:
+        lines += remark(finetuning.examination, config.mmlu)
     return [*lines, statement(parts_in_memory(finetuning.model))]
 
 

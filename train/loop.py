@@ -7,7 +7,7 @@ was never stopped would have written.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -45,6 +45,20 @@ class BatchSource(Protocol):
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """Give the micro-batches of an epoch from position `start` on."""
+        ...
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """Looks at the model between steps, leaves what it finds in the run, and gives lines to be shown."""
+
+    @property
+    def eval_steps(self) -> int | None:
+        """Every so many steps; None: at each evaluation."""
+        ...
+
+    def __call__(self, step: int) -> list[str]:
+        """Look at the model after a step."""
         ...
 
 
@@ -123,7 +137,7 @@ def train(
     *,
     seed: int,
     eval_fn: Callable[[int], dict[str, int | float]] | None = None,
-    sample_fn: Callable[[int], list[str]] | None = None,
+    watchers: Sequence[Watcher] = (),
     begin: Snapshot | None = None,
     save: Callable[[Any, Path], None] = save_trained,
     restore: Callable[[Any, Path], None] = restore_trained,
@@ -131,7 +145,7 @@ def train(
 ) -> TrainResult:
     """Train every parameter that requires a gradient, from the beginning or from a snapshot, and say how it went.
 
-    At each evaluation `eval_fn` gives what is measured, and `sample_fn` lines to be shown.
+    At each evaluation `eval_fn` gives what is measured; the `watchers` look for themselves.
 
     Before, the caller seeds (`seed_everything`), attaches adapters and moves the model; afterwards it saves
     the adapter and sets the run's STATUS to done. An interrupted run returns after the step it was in, with
@@ -153,8 +167,11 @@ def train(
         progress = Progress(total, done=state.step, every=config.log_every, quiet=quiet, write=run.log)
         asked = run.directory / "save"
 
+        def due(steps: int | None) -> bool:
+            return evaluation_due(state, steps or config.eval_steps, total)
+
         def evaluate() -> None:
-            if eval_fn:
+            if eval_fn and due(None):
                 seed_step(seed, state.step)
                 values = eval_fn(state.step)
                 model.train()
@@ -162,8 +179,9 @@ def train(
                     raise NonFiniteError(f"the held-out loss after step {state.step} is {values['loss']}")
                 run.metrics(state.step, "eval", **values)
                 progress.say(f"step {state.step}/{total}  held-out loss {values['loss']:.4f}")
-            for line in sample_fn(state.step) if sample_fn else ():
-                progress.say(line)
+            for watcher in watchers:
+                for line in watcher(state.step) if due(watcher.eval_steps) else ():
+                    progress.say(line)
             state.evaluated = state.step
 
         def checkpoint() -> None:
@@ -206,7 +224,7 @@ def train(
                     try_longest(model, parameters, optimizer, batches, state)
                 groups = accumulated(batches, config.accumulation, state, total)
                 while True:
-                    if interrupt.signal is None and evaluation_due(state, config, total):
+                    if interrupt.signal is None and any(map(due, (None, *(it.eval_steps for it in watchers)))):
                         evaluate()
                     if interrupt.signal is not None or asked.exists() or checkpoint_due(state, config, total):
                         checkpoint()
@@ -252,9 +270,9 @@ def going_on(begin: Snapshot, total: int, config: OptimizerConfig) -> list[str]:
     return said
 
 
-def evaluation_due(state: LoopState, config: LoopConfig, total: int) -> bool:
-    """Whether held-out examples are to be looked at after this step, and have not been."""
-    regular = config.eval_steps is not None and state.step % config.eval_steps == 0
+def evaluation_due(state: LoopState, steps: int | None, total: int) -> bool:
+    """Whether what is measured every so many steps is to be after this one, and has not been."""
+    regular = steps is not None and state.step % steps == 0
     return state.evaluated < state.step and (regular or state.step == 0 or state.step >= total)
 
 

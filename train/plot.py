@@ -2,7 +2,7 @@
 
 A step's loss jumps with its examples, so it is drawn faintly, and over it a running mean. What is measured on held-out
 examples is drawn as points, since it was measured at single steps: the loss, and in a panel each what else there is,
-such as accuracy. Of several runs each has a colour, and a line of the legend.
+such as accuracy, also MMLU's. Of several runs each has a colour, and a line of the legend.
 """
 
 import math
@@ -33,6 +33,15 @@ class PlotOptions:
     """Print one JSON object on stdout."""
 
 
+@dataclass(frozen=True)
+class Panel:
+    """What is drawn beside the loss: a number in the lines of a split."""
+
+    split: str
+    name: str
+    label: str
+
+
 def command(options: PlotOptions, console: "Console") -> dict[str, Any]:
     if not options.runs:
         raise ConfigError("there is no run to plot; name one or more run directories")
@@ -52,20 +61,20 @@ def plot_runs(runs: Sequence[Path | str], target: Path | str) -> list[Path]:
     if len(records) < len(runs):  # runs of one name in different places
         records = {str(run): read_metrics(run) for run in runs}
 
-    measures = measured(line for lines in records.values() for line in lines)
+    measures = panels([line for lines in records.values() for line in lines])
     heights = (3, *(1.5 for _ in measures), 1)
     figure = Figure(figsize=(8, 1.5 * sum(heights)), layout="constrained")
     loss, *others, rate = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     for index, lines in enumerate(records.values()):
         draw(loss, rate, lines, f"C{index}")
         for axes, measure in zip(others, measures, strict=True):
-            draw_points(axes, lines, measure, f"C{index}")
+            draw_points(axes, lines, measure.name, f"C{index}", measure.split)
     loss.set(ylabel="loss per label token (nats)", title=next(iter(records)) if len(records) == 1 else "Loss")
     rate.set(ylabel="learning rate", xlabel="optimizer step", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     rate.xaxis.get_major_locator().set_params(integer=True)
     for axes, measure in zip(others, measures, strict=True):
-        axes.set(ylabel=measure)
+        axes.set(ylabel=measure.label)
     for axes in (loss, *others, rate):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -82,6 +91,13 @@ def measured(lines: Iterable[dict[str, Any]]) -> list[str]:
     """
     held_out = [line for line in lines if line["split"] == "eval"]
     return list(dict.fromkeys(k for line in held_out for k, v in line.items() if isinstance(v, float) and k != "loss"))
+
+
+def panels(lines: Sequence[dict[str, Any]]) -> list[Panel]:
+    """A panel for each measure that there is."""
+    found = [Panel("eval", name, name) for name in measured(lines)]
+    tracked = any(line["split"] == "mmlu" for line in lines)
+    return [*found, Panel("mmlu", "accuracy", "MMLU accuracy")] if tracked else found
 
 
 def explain(figure: Any, axes: Any, colours: Mapping[str, Any]) -> None:
@@ -116,9 +132,9 @@ def draw(loss: Any, rate: Any, lines: Sequence[dict[str, Any]], color: str) -> N
     draw_points(loss, lines, "loss", color)
 
 
-def draw_points(axes: Any, lines: Sequence[dict[str, Any]], name: str, color: str) -> None:
-    """Draw what was measured on held-out examples."""
-    found = [line for line in lines if line["split"] == "eval" and name in line]
+def draw_points(axes: Any, lines: Sequence[dict[str, Any]], name: str, color: str, split: str = "eval") -> None:
+    """Draw what was measured at single steps, on held-out examples for one."""
+    found = [line for line in lines if line["split"] == split and name in line]
     if found:
         points = [line["step"] for line in found], [line[name] for line in found]
         style = {"color": color, "marker": "o", "markeredgecolor": "white", "linestyle": "--", "linewidth": 1}

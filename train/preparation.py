@@ -13,6 +13,7 @@ import torch
 
 from eval.held_out import held_out_loss
 from eval.labels import accuracy, pearson, predict
+from eval.mmlu.tracking import Examination
 from models import ConfigError, Model, Refusal, attach_lora, load, save_adapter, save_tokenizer
 from models.checkpoint import Description, describe
 from models.device import pick_device, pick_dtype
@@ -23,7 +24,8 @@ from models.trained import save_model
 from models.whole import train_every_weight
 from train.data import Dataset, load_data, padding_id, preview
 from train.data.batches import Batches
-from train.loop import TrainResult, train
+from train.loop import TrainResult, Watcher, train
+from train.mmlu import MmluWatcher, examination
 from train.planner.advice import advised
 from train.recipe import RunConfig
 from train.run import Run
@@ -44,6 +46,8 @@ class Finetuning:
     tokenizer: Tokenizer
     data: Dataset
     run: Run
+    examination: Examination | None = None
+    """MMLU's questions, if they are to be asked while it learns."""
 
     @property
     def result(self) -> Path:
@@ -92,7 +96,7 @@ class Finetuning:
                 config,
                 self.run,
                 eval_fn=self.held_out if self.data.held_out else None,
-                sample_fn=sampler(config, self.model, self.tokenizer, self.data.held_out, self.run),
+                watchers=self.watchers(),
                 seed=config.seed,
                 quiet=config.quiet,
                 **how,
@@ -102,6 +106,13 @@ class Finetuning:
             if result.status == "done":
                 self.run.status("done")
         return result
+
+    def watchers(self) -> list[Watcher]:
+        """What looks at the model while it learns."""
+        samples = sampler(self.config, self.model, self.tokenizer, self.data.held_out, self.run)
+        asked = self.examination
+        mmlu = None if asked is None else MmluWatcher(self.model, asked, self.config.mmlu, self.run)
+        return [watcher for watcher in (samples, mmlu) if watcher is not None]
 
     def save(self) -> None:
         """Write the adapter, or the whole model with its tokenizer."""
@@ -128,12 +139,13 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     if planned.task in HEADS:
         data.manifest["labels"] = list(planned.labels)
     check_length(data, base, config.batch_tokens)
+    asked = examination(config.mmlu, tokenizer, base)
     opened = run or create(config, data, tokenizer, device)
     with opened, advised(config, data.manifest["longest"]):
         seed_everything(config.seed)
         model = trainable_model(config, planned.labels, device)
         model.gradient_checkpointing = config.gradient_checkpointing
-    return Finetuning(config, model, tokenizer, data, opened)
+    return Finetuning(config, model, tokenizer, data, opened, asked)
 
 
 def check_length(data: Dataset, base: Description, batch_tokens: int | None) -> None:

@@ -35,6 +35,11 @@ NAMES = {
     "adam_epsilon": ("optimizer.eps",),
     "report_to": ("tensorboard",),
     "max_new_tokens": ("sample_tokens",),
+    "do_mmlu_eval": ("mmlu.data",),
+    "mmlu_dataset": ("mmlu.data", "mmlu.num_fewshot"),
+    "mmlu_split": ("mmlu.split",),
+    "mmlu_source_max_len": ("mmlu.max_len",),
+    "max_mmlu_samples": ("mmlu.limit",),
 }
 ABSENT = {
     "max_memory": "a model is loaded whole onto the one device that `device` names",

@@ -9,6 +9,7 @@ from models import LoraConfig
 from nf4 import QuantConfig
 from train.data import DataConfig
 from train.loop import LoopConfig
+from train.mmlu import MmluConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class RunConfig(LoopConfig):
     """Texts to be answered likewise: messages of a user where chats are learned, else texts to go on from."""
     sample_tokens: int = 64
     """Longest such answer."""
+    mmlu: MmluConfig = field(default_factory=MmluConfig)
+    """The benchmark that the paper tracks."""
     tensorboard: bool = False
     """Write the run's numbers for TensorBoard as well."""
     overwrite: bool = field(default=False, metadata={"saved": False})

@@ -7,7 +7,7 @@ killed before its first checkpoint begins again.
 
 import shutil
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
@@ -18,6 +18,7 @@ from models.files import TEMPORARY
 from models.fingerprint import fingerprint
 from train.config import read_config
 from train.finetune import introduce, outcome
+from train.mmlu import MmluConfig
 from train.preparation import Finetuning, prepare
 from train.recipe import RunConfig
 from train.run import Run, environment
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 FREE = {
     *("model", "out", "name", "device", "data.path", "max_steps", "epochs", "log_every", "save_steps"),
     *("keep_checkpoints", "dry_step", "tensorboard", "samples", "sample_prompts", "sample_tokens"),
+    *(f"mmlu.{field.name}" for field in fields(MmluConfig)),
 }
 
 

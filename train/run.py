@@ -34,7 +34,7 @@ from models.lock import Held, lock, unlock
 from train.toml import to_toml
 
 LOCK = ".lock"
-JOURNALS = ("metrics.jsonl", "timing.jsonl", "eval/samples.jsonl")
+JOURNALS = ("metrics.jsonl", "timing.jsonl", "eval/samples.jsonl", "eval/mmlu.jsonl")
 FILES = ("env.json", "log.txt", *JOURNALS, "STATUS", "save")
 FOLDERS = ("data", "checkpoints", "adapter", "model", "eval", "plots", "nonfinite", "tensorboard")
 PACKAGES = ("torch", "triton", "numpy", "scipy", "safetensors", "sentencepiece", "tiktoken", "gguf", "tyro")

@@ -33,6 +33,8 @@ class Sampler:
     prompts: tuple[tuple[int, ...], ...]
     max_new_tokens: int
     run: Run
+    eval_steps: int | None = None
+    """At each evaluation."""
 
     @torch.inference_mode()
     def __call__(self, step: int) -> list[str]:

@@ -28,9 +28,12 @@ HEAD = 2**16  # bytes that tell what a file is
 class RecordFile:
     """One file; its records are known once it is scanned."""
 
-    def __init__(self, path: Path, columns: Sequence[str] = (), plain: bool = False) -> None:
-        """A table may be without quotes, and without a header where its columns are given."""
-        self.path, self.columns, self.plain = path, list(columns), plain
+    def __init__(self, path: Path, columns: Sequence[str] = (), plain: bool = False, exact: bool = False) -> None:
+        """A table may be without quotes, and without a header where its columns are given.
+
+        With `exact`, Windows line ends within a table's fields stay as they are.
+        """
+        self.path, self.columns, self.plain, self.exact = path, list(columns), plain, exact
         self.form = form(path, beginning(path))
         self.head: Record = {}  # of an object, what all of its items share
         self.sha256, self.size, self.state = "", 0, (0, 0)
@@ -53,7 +56,9 @@ class RecordFile:
 
     def found(self, stream: Stream) -> Iterator[Found]:
         if self.form in ("CSV", "TSV"):
-            return plain_rows(stream, self.columns) if self.plain else rows(stream, self.form, self.columns)
+            if self.plain:
+                return plain_rows(stream, self.columns)
+            return rows(stream, self.form, self.columns, self.exact)
         if self.form == "list":
             return json_list(stream)
         return json_object(stream, self.head) if self.form == "object" else json_lines(stream)
@@ -79,7 +84,7 @@ class RecordFile:
         elif self.plain:
             value = plain_fields(text, self.columns)
         else:
-            value = row_of(text, self.form, self.columns)
+            value = row_of(text, self.form, self.columns, self.exact)
         record = self.record(value)
         if isinstance(record, ValueError):
             raise record

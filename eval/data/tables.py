@@ -18,9 +18,12 @@ class WrongWidth(ValueError):
     """A row with another number of fields than the header."""
 
 
-def rows(stream: Stream, name: str, columns: list[str]) -> Iterator[Found]:
-    """The rows of a quoted table, CSV or TSV; the header's names go to `columns`."""
-    feed = Feed(stream)
+def rows(stream: Stream, name: str, columns: list[str], exact: bool = False) -> Iterator[Found]:
+    """The rows of a quoted table, CSV or TSV; the header's names go to `columns`, unless they are there.
+
+    A Windows line end within a field becomes a newline, if not `exact`.
+    """
+    feed = Feed(stream, exact)
     reader = csv.reader(feed, dialect(name), strict=True)
     while True:
         feed.begin()
@@ -49,8 +52,8 @@ def plain_rows(stream: Stream, columns: list[str]) -> Iterator[Found]:
 class Feed:
     """The lines of a table for a CSV reader, with the place where its current row begins."""
 
-    def __init__(self, stream: Stream) -> None:
-        self.stream, self.lines = stream, stream.lines()
+    def __init__(self, stream: Stream, exact: bool = False) -> None:
+        self.stream, self.lines, self.exact = stream, stream.lines(), exact
         self.line, self.start, self.fresh = 1, 0, True
 
     def __iter__(self) -> "Feed":
@@ -62,16 +65,16 @@ class Feed:
             self.line, self.start, self.fresh = number, start, False
         elif self.stream.size - self.start > LONGEST:
             raise self.stream.endless(self.line)
-        return f"{text[:-2]}\n" if text.endswith("\r\n") else text
+        return text if self.exact or not text.endswith("\r\n") else f"{text[:-2]}\n"
 
     def begin(self) -> None:
         """The next line begins a row."""
         self.fresh = True
 
 
-def row_of(text: str, name: str, columns: Sequence[str]) -> Any:
+def row_of(text: str, name: str, columns: Sequence[str], exact: bool = False) -> Any:
     """One row of a quoted table from its text."""
-    lines = io.StringIO(text.replace("\r\n", "\n"), newline="\n")
+    lines = io.StringIO(text if exact else text.replace("\r\n", "\n"), newline="\n")
     return fields(next(csv.reader(lines, dialect(name), strict=True)), columns)
 
 
