@@ -1,5 +1,6 @@
 """What a model that labels texts gives for held-out ones, and how far that agrees with their labels."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,10 +42,12 @@ def predict(model: Roberta, batches: Iterable[Mapping[str, Tensor]]) -> Predicti
 
 
 def agreement(found: Predictions, measures: Sequence[str]) -> dict[str, float]:
-    """How far predictions agree with labels, by the names of `eval/glue/metrics.py`.
+    """How far predictions agree with labels, by the names of `eval/glue/metrics.py`; nothing where there is no loss.
 
-    Nothing is said of a measure that has no value, and so is 0: a head that is new often answers all texts alike.
+    A measure that has no value is 0 without a word: a head that is new often answers all texts alike.
     """
+    if not math.isfinite(found.loss):
+        return {}
     predictions = found.logits[:, 0] if found.logits.shape[1] == 1 else found.logits.argmax(dim=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedScore)

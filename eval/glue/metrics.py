@@ -37,7 +37,8 @@ def f1(labels: Numbers, predictions: Numbers) -> float:
     for what, side in (("is predicted", predictions), ("is a label", labels)):
         if not (side == 1).any():
             undefined(f"no 1 {what}, so {'precision' if side is predictions else 'recall'} has no value, and F1 is 0")
-    return float(f1_of(*table_of(labels, predictions)))
+    table, classes = table_of(labels, predictions)
+    return float(f1_of(table[None], classes)[0])
 
 
 def matthews(labels: Numbers, predictions: Numbers) -> float:
@@ -45,7 +46,8 @@ def matthews(labels: Numbers, predictions: Numbers) -> float:
     labels, predictions = sides(labels, predictions)
     if warned_constant(labels, predictions, "Matthews' correlation"):
         return 0.0
-    return float(matthews_of(*table_of(labels, predictions)))
+    table, classes = table_of(labels, predictions)
+    return float(matthews_of(table[None], classes)[0])
 
 
 def pearson(labels: Numbers, predictions: Numbers) -> float:
@@ -129,19 +131,19 @@ def table_of(
     return np.bincount(cells, minlength=len(classes) ** 2).reshape(len(classes), -1), classes
 
 
-def f1_of(table: Int[np.ndarray, "*draws K K"], classes: Float[np.ndarray, " K"]) -> np.ndarray:
+def f1_of(tables: Int[np.ndarray, "draws K K"], classes: Float[np.ndarray, " K"]) -> Float[np.ndarray, " draws"]:
     """F1 of class 1 from counts."""
     one = classes == 1
-    hits = table[..., one, one].sum(-1)
-    seen = table[..., one, :].sum((-2, -1)) + table[..., :, one].sum((-2, -1))
+    hits = tables[:, one, one].sum(-1)
+    seen = tables[:, one].sum((-2, -1)) + tables[..., one].sum((-2, -1))
     return 2 * hits / np.maximum(seen, 1)
 
 
-def matthews_of(table: Int[np.ndarray, "*draws K K"], classes: Float[np.ndarray, " K"]) -> np.ndarray:
+def matthews_of(tables: Int[np.ndarray, "draws K K"], classes: Float[np.ndarray, " K"]) -> Float[np.ndarray, " draws"]:
     """Matthews' correlation from counts; 0 where a side is constant."""
-    table = table.astype(np.float64)
-    total, hits = table.sum((-2, -1)), np.trace(table, axis1=-2, axis2=-1)
-    labels, predictions = table.sum(-1), table.sum(-2)  # (*draws, K)
+    tables = tables.astype(np.float64)
+    total, hits = tables.sum((-2, -1)), np.trace(tables, axis1=-2, axis2=-1)
+    labels, predictions = tables.sum(-1), tables.sum(-2)  # (draws, K)
     spread = np.sqrt(total**2 - (labels**2).sum(-1)) * np.sqrt(total**2 - (predictions**2).sum(-1))
     return (hits * total - (labels * predictions).sum(-1)) / np.where(spread > 0, spread, np.inf)
 

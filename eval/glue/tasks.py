@@ -141,9 +141,7 @@ TASKS = (
         "mnli hypothesis: {1} premise: {0}",
     ),
     GlueTask("qnli", ("question", "sentence"), "label", ENTAILED, "qnli question: {} sentence: {}", beside=("index",)),
-    GlueTask(
-        "rte", TWO, "label", ENTAILED, "rte sentence1: {} sentence2: {}", beside=("index",), telling=ENTAILED
-    ),
+    GlueTask("rte", TWO, "label", ENTAILED, "rte sentence1: {} sentence2: {}", beside=("index",), telling=ENTAILED),
     GlueTask(
         "wnli",
         TWO,
@@ -171,6 +169,6 @@ def header_of(text: str) -> list[str]:
 
 
 def columns_without_header(text: str) -> tuple[str, ...]:
-    """The columns of a table that begins with a row at once, as CoLA's does; else none."""
+    """The columns of a table that begins with a row at once, as CoLA's does (its marks are *, ?, ?* ...); else none."""
     first = header_of(text)
-    return COLA if len(first) == len(COLA) and first[1] in ("0", "1") and first[2] in ("", "*") else ()
+    return COLA if len(first) == len(COLA) and first[1] in ("0", "1") and set(first[2]) <= set("*?#%") else ()
