@@ -5,6 +5,7 @@ import logging
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def roberta(tmp_path):
     return lambda *labels: examined(tiny_roberta.checkpoint(tmp_path / "-".join(("r", *labels)), labels), "roberta")
 
 
-def named(name, examinee, data, **more):
+def named(name, examinee, data, **more) -> list[Any]:
     return list(build(Spec(name=name, examinee=examinee, data=data, **more)).tasks)
 
 
@@ -245,7 +246,7 @@ def test_a_run_is_scored_as_it_was_trained(glue, tmp_path, capsys, folder):
     examinee = Examinee(
         tokenizer=tokenizer,
         architecture="roberta",
-        max_tokens=model.max_tokens,
+        max_tokens=model.max_tokens or 0,
         loaded=model,
         run=tmp_path / "run",
     )

@@ -177,6 +177,7 @@ def test_forty_thousand_documents_take_no_longer_than_a_hundred():
     binary = [[float(a > 2), float(b > 2.4)] for a, b in pairs]
     for name in ("f1", "matthews"):
         few, many = METRICS[name].stderr(binary[:100]), METRICS[name].stderr(binary)
+        assert few is not None
         assert many == pytest.approx(few / 20, rel=0.05)  # as the root of the count
 
 

@@ -28,7 +28,7 @@ def examined(folder, labels):
     path = tiny_roberta.checkpoint(folder, labels)
     model = models.load(path, dtype=torch.float32)
     return Examinee(
-        tokenizer=models.load_tokenizer(path), architecture="roberta", max_tokens=model.max_tokens, loaded=model
+        tokenizer=models.load_tokenizer(path), architecture="roberta", max_tokens=model.max_tokens or 0, loaded=model
     )
 
 
