@@ -159,6 +159,8 @@ def test_what_a_roberta_was_trained_on_is_told_by_its_labels_or_its_run(glue, ro
     put(run / "config.toml", 'model = "m"\n[data]\nmax_len = 7\n')
     task = named("glue", replace(roberta(*ENTAILED), run=run), glue)[0]
     assert (task.name, task.settings["max_len"]) == ("qnli", 7)
+    for more, length in (({}, 32), ({"window": 9}, 9), ({"window": 99}, 32)):
+        assert named("rte", roberta(*ENTAILED), glue, **more)[0].settings["max_len"] == length
     examinee = replace(roberta(*ENTAILED), loaded=None)
     with pytest.raises(ConfigError, match="cannot be told; name it, as in --task rte"):
         named("glue", examinee, glue)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import eval.glue.metrics as metrics
 from eval.glue.metrics import METRICS, UndefinedScore, accuracy, f1, matthews, pearson, reported, spearman
-from eval.statistics import bootstrap_stderr
+from eval.statistics import bootstrap_stderr, counted_bootstrap_stderr
 
 binary = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=40)
 classes = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=40)
@@ -160,9 +160,15 @@ def test_the_error_of_a_correlation_is_that_of_documents_drawn(name):
 
 
 def test_a_resample_of_one_document_alone_has_a_correlation_of_0():
-    table = np.array([[1.0, 1e8], [2.0, 1e8 + 1], [4.0, 1e8 + 5]])
+    table = np.random.default_rng(0).normal(size=(60, 2))  # some squares are rounded
     for weighted in (metrics.pearson_weighted, metrics.spearman_weighted):
-        assert weighted(*table.T)(np.array([[3, 0, 0], [0, 0, 3]])).tolist() == [0, 0]
+        assert weighted(*table.T)(60 * np.eye(60, dtype=int)).tolist() == [0] * 60
+
+
+@pytest.mark.parametrize("count", [2, 10, 1000])
+def test_drawn_counts_have_the_error_of_a_share_by_algebra(count):
+    found = counted_bootstrap_stderr(lambda counts: counts[:, 1] / count, np.array([count // 2, count - count // 2]))
+    assert found == pytest.approx(math.sqrt(0.25 / count), rel=0.01)
 
 
 @pytest.mark.parametrize("name", METRICS)
