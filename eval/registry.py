@@ -16,6 +16,7 @@ MODULES = (
     "eval.choice.zero_shot",
     "eval.choice.bigbench",
     "eval.choice.raft",
+    "eval.glue.family",
 )  # each with a FAMILY
 
 

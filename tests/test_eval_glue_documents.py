@@ -1,6 +1,8 @@
 """GLUE's official files as documents: where they lie, what is read of a row, what is refused."""
 
 import logging
+import os
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from models.errors import ConfigError, DataError
 from tests import glue_folder
 from tests.glue_folder import MNLI, MNLI_ROW, PAIRS, put
 
+SHARED = Path(os.environ["QLORA_SHARED"]) if "QLORA_SHARED" in os.environ else None
 FIRST = {  # texts and label of the first labelled row
     "cola": (["A C"], 1),
     "sst2": (["A C "], 0),
@@ -138,3 +141,12 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
         needed(PARTS["rte"], tmp_path / "nowhere", "dev")
     with pytest.raises(DataError, match=r"has no dev_matched.tsv or dev.tsv for mnli; give the folder that holds MNLI"):
         needed(PARTS["mnli"], tmp_path, "dev")
+
+
+@pytest.mark.skipif(SHARED is None, reason="QLORA_SHARED does not name a folder with GLUE's data")
+@pytest.mark.parametrize(("name", "rows"), [("cola", 516), ("sst2", 872), ("stsb", 1500), ("rte", 277)])
+def test_the_published_files_are_read_whole(name, rows):
+    assert SHARED is not None
+    found = needed(PARTS[name], SHARED / "assets" / "data" / "glue", "dev")
+    assert len(found.rows) == rows
+    assert found.labelled

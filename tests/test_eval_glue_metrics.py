@@ -11,7 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import eval.glue.metrics as metrics
-from eval.glue.metrics import METRICS, UndefinedScore, accuracy, f1, matthews, pearson, reported, spearman
+from eval.glue.metrics import UndefinedScore, accuracy, f1, matthews, pearson, spearman
+from eval.glue.resampling import METRICS, pearson_weighted, reported, spearman_weighted
 from eval.statistics import bootstrap_stderr, counted_bootstrap_stderr
 
 binary = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=40)
@@ -146,7 +147,7 @@ def test_correlations_of_resamples_are_those_of_the_documents_drawn(name, count)
     pairs = noisy(count)
     table, random = np.array(pairs), np.random.default_rng(1)
     counts = random.multinomial(count, np.full(count, 1 / count), size=30)
-    weighted = metrics.pearson_weighted if name == "pearson" else metrics.spearman_weighted
+    weighted = pearson_weighted if name == "pearson" else spearman_weighted
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedScore)
         expected = [metrics.MEASURES[name](*np.repeat(table, row, axis=0).T) for row in counts]
@@ -162,7 +163,7 @@ def test_the_error_of_a_correlation_is_that_of_documents_drawn(name):
 def test_a_resample_of_one_document_alone_has_a_correlation_of_0():
     values = np.random.default_rng(0).normal(size=60)  # of which some squares are rounded, so that a spread seems left
     table = np.stack([values, values], axis=1)
-    for weighted in (metrics.pearson_weighted, metrics.spearman_weighted):
+    for weighted in (pearson_weighted, spearman_weighted):
         assert weighted(*table.T)(60 * np.eye(60, dtype=int)).tolist() == [0] * 60
 
 

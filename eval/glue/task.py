@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.glue.documents import Documents
-from eval.glue.metrics import METRICS, reported
+from eval.glue.resampling import METRICS, reported
 from eval.task import Document, Task
 from models.files import write_whole
 
