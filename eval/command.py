@@ -120,13 +120,16 @@ def out_directory(options: EvalOptions, parts: Target) -> Path:
 
 def write_prompts(options: EvalOptions, path: Path, console: "Console") -> dict[str, Any]:
     """The prompts of all tasks as they would be asked; of the target only the tokenizer is needed."""
-    base = resolve(options.target, options.load).base
+    parts = resolve(options.target, options.load)
+    base = parts.base
     tokenizer = load_tokenizer(base)
     architecture, window = "llama", UNLIMITED
     if not base.is_dir() or (base / "config.json").exists():
         described = describe(base)
         architecture, window = described.architecture, described.config.max_tokens or UNLIMITED
-    examinee = Examinee(tokenizer=tokenizer, architecture=architecture, max_tokens=window, chat=options.chat)
+    examinee = Examinee(
+        tokenizer=tokenizer, architecture=architecture, max_tokens=window, chat=options.chat, run=parts.run
+    )
     rows = [
         json.dumps(task.prompt(document, examinee))
         for suite in build(options.task, options.settings, examinee)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from models import Model, Tokenizer, render_chat
 from models.parts import Parts
@@ -24,6 +25,8 @@ class Examinee:
     """What tells its answers from those of any other model: weights, format, adapter, precision."""
     chat: bool = False
     """Prompts go in the model's chat form."""
+    run: Path | None = None
+    """The directory of the run that trained it; None for a checkpoint."""
 
     @property
     def model(self) -> Model:

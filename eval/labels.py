@@ -1,12 +1,15 @@
 """What a model that labels texts gives for held-out ones, and how far that agrees with their labels."""
 
-from collections.abc import Iterable, Mapping
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from eval.glue.metrics import MEASURES, UndefinedScore
 from models.roberta import Roberta
 
 
@@ -38,14 +41,14 @@ def predict(model: Roberta, batches: Iterable[Mapping[str, Tensor]]) -> Predicti
     return Predictions(*joined, model.classifier.score(*joined).item())
 
 
-def accuracy(logits: Float[Tensor, "texts labels"], labels: Int[Tensor, " texts"]) -> float:
-    """Share of the texts whose largest logit is that of their class."""
-    return (logits.argmax(dim=1) == labels).double().mean().item()
+def agreement(found: Predictions, measures: Sequence[str]) -> dict[str, float]:
+    """How far predictions agree with labels, by the names of `eval/glue/metrics.py`; nothing where there is no loss.
 
-
-def pearson(values: Float[Tensor, " texts"], labels: Shaped[Tensor, " texts"]) -> float:
-    """Pearson's correlation in float64; 0 where one side is constant, which tells nothing of the other."""
-    if any(bool((side == side[0]).all()) for side in (values, labels)):
-        return 0.0
-    x, y = (side.double() - side.double().mean() for side in (values, labels))
-    return (x @ y / (torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y))).clamp(-1, 1).item()
+    A measure that has no value is 0 without a word: a head that is new often answers all texts alike.
+    """
+    if not math.isfinite(found.loss):
+        return {}
+    predictions = found.logits[:, 0] if found.logits.shape[1] == 1 else found.logits.argmax(dim=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedScore)
+        return {name: MEASURES[name](found.labels.numpy(), predictions.numpy()) for name in measures}

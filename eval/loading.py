@@ -24,6 +24,7 @@ def load_examinee(target: str | Path, load: LoadOptions = LoadOptions(), chat: b
         loaded=model,
         identity=identity(parts, load, str(model.dtype), model.device.type),
         chat=chat,
+        run=parts.run,
     )
 
 

@@ -77,4 +77,19 @@ def bootstrap_stderr(
     return float(np.std(np.concatenate(found), ddof=1))
 
 
+def counted_bootstrap_stderr(
+    statistic: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, draws: int = RESAMPLES, seed: int = 1234
+) -> float | None:
+    """The same where a statistic depends only on how many documents there are of each kind.
+
+    `counts` (kinds,) has them as they were found, and `statistic` takes those of many resamples, (draws, kinds). To
+    draw documents and count them is to draw the counts from a multinomial, which takes no longer for more documents.
+    """
+    total = int(counts.sum())
+    if total < 2:
+        return None
+    random = np.random.default_rng(seed)
+    return float(np.std(statistic(random.multinomial(total, counts / total, size=draws)), ddof=1))
+
+
 MEAN = Metric(mean, mean_stderr)

@@ -1,17 +1,15 @@
-"""Predictions of labels: the same loss as training's, and two measures of agreement."""
+"""Predictions of labels: the same loss as training's, and how far they agree with labels."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import models
-from eval.labels import accuracy, pearson, predict
+from eval.labels import Predictions, agreement, predict
 from models.labelled import labelling
 from tests import tiny_roberta
-
-floats = st.lists(st.integers(-20, 20), min_size=3, max_size=9)
 
 
 @pytest.mark.parametrize("labels", [("a", "b", "c"), ("number",)])
@@ -32,21 +30,23 @@ def test_no_label_is_no_measure(tmp_path):
         predict(model, [{"input_ids": torch.tensor([[0, 5, 2]]), "labels": torch.tensor([-100])}])
 
 
-def test_accuracy_is_the_share_of_right_classes():
+def test_agreement_is_by_the_measures_that_are_asked_for():
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [0.0, 3.0]])
-    assert accuracy(logits, torch.tensor([0, 1, 1, 1])) == 0.75
+    found = agreement(Predictions(logits, torch.tensor([0, 1, 1, 1]), 0.5), ("accuracy", "f1", "matthews"))
+    assert found == pytest.approx({"accuracy": 0.75, "f1": 0.8, "matthews": 2 / 12**0.5})
+    numbers = Predictions(torch.tensor([[1.0], [2.0], [9.0]]), torch.tensor([0.5, 1.0, 1.5]), 0.5)
+    found = agreement(numbers, ("pearson", "spearman"))
+    assert found == pytest.approx({"pearson": np.corrcoef([1, 2, 9], [1, 2, 3])[0, 1], "spearman": 1.0})
 
 
-@given(values=floats, seed=st.integers(0, 99))
-def test_pearson_is_numpys(values, seed):
-    others = np.random.default_rng(seed).normal(size=len(values))
-    found = pearson(torch.tensor(values, dtype=torch.float32), torch.tensor(others))
-    if len(set(values)) == 1:
-        assert found == 0.0
-    else:
-        assert found == pytest.approx(np.corrcoef(values, others)[0, 1], abs=1e-5)
+def test_a_measure_without_a_value_is_0_and_training_is_not_told():
+    constant = Predictions(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([0, 1, 1]), 0.5)
+    assert agreement(constant, ("accuracy", "f1", "matthews")) == pytest.approx(
+        {"accuracy": 1 / 3, "f1": 0.0, "matthews": 0.0}
+    )
+    assert agreement(Predictions(torch.full((7, 1), 0.1), torch.arange(7.0), 0.5), ("pearson",)) == {"pearson": 0.0}
 
 
-def test_constant_predictions_correlate_with_nothing():
-    assert pearson(torch.full((7,), 0.1), torch.arange(7.0)) == 0.0
-    assert pearson(torch.arange(7.0), torch.full((7,), 0.1)) == 0.0
+def test_where_there_is_no_loss_there_is_no_agreement():
+    broken = Predictions(torch.tensor([[math.nan], [1.0]]), torch.tensor([1.0, 2.0]), math.nan)
+    assert agreement(broken, ("pearson", "spearman")) == {}

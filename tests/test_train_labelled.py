@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import models
+from eval.labelling import shortened
 from models.errors import ConfigError, DataError
 from tests import tiny_roberta
 from train.data import labelled
@@ -35,7 +36,7 @@ lengths = st.integers(0, 12)
 @given(a=lengths, b=lengths, room=st.integers(2, 30))
 def test_the_longest_is_cut_first_until_both_fit(a, b, room):
     parts = [list(range(a)), list(range(100, 100 + b))]
-    kept = labelled.cut(parts, room)
+    kept = shortened(parts, room)
     expected = [len(part) for part in parts]
     while sum(expected) > room:  # as other tokenizers do, token by token
         expected[0 if expected[0] > expected[1] else 1] -= 1

@@ -97,6 +97,34 @@ def test_t5_and_roberta_have_their_own_task_and_adapters():
     assert (glue.task, glue.lora.rank, glue.lora.modules_to_save) == ("classification", 8, ("classifier",))
 
 
+# Tasks of GLUE in the LoRA authors' scripts: batch (of 8 devices), learning rate, epochs, length.
+SCRIPT = {
+    "mnli": (32, 3e-4, 10, 128),
+    "sst2": (64, 4e-4, 10, 512),
+    "mrpc": (32, 3e-4, 20, 512),
+    "cola": (32, 3e-4, 20, 128),
+    "qnli": (32, 2e-4, 10, 512),
+    "qqp": (32, 3e-4, 20, 512),
+    "rte": (64, 4e-4, 20, 512),
+    "stsb": (32, 3e-4, 10, 128),
+}
+PAPER = SCRIPT | {"sst2": (32, 4e-4, 10, 512), "cola": (32, 2e-4, 20, 128), "stsb": (64, 2e-4, 30, 128)}
+
+
+@pytest.mark.parametrize("task", SCRIPT)
+@pytest.mark.parametrize(("source", "table"), [("script", SCRIPT), ("paper", PAPER)])
+def test_glue_has_the_settings_of_lora_by_their_source(source, table, task):
+    config = named(f"glue_lora_{source}-{task}")
+    optimizer = config.optimizer
+    found = (config.batch_size * config.accumulation, optimizer.learning_rate, config.epochs, config.data.max_len)
+    assert found == table[task]
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (8, 16.0, 0.0)
+    assert (config.lora.target_modules, config.lora.modules_to_save) == (("query", "value"), ("classifier",))
+    assert (optimizer.weight_decay, optimizer.warmup_ratio, optimizer.max_grad_norm) == (0.1, 0.06, 1.0)
+    assert (config.seed, config.dtype) == (0, "float32")
+    assert config.task == ("regression" if task == "stsb" else "classification")
+
+
 def test_every_file_is_utf_8_toml_that_names_only_settings():
     known = set(all_keys(RunConfig))
     for path in RunConfig.presets.glob("*.toml"):

@@ -101,6 +101,12 @@ def head(finetuning: Finetuning, given: RunConfig) -> str:
 
 def measured(evaluation: dict[str, int | float]) -> str:
     """Held-out loss, and how far labels agree where there are some."""
-    agreement = {"accuracy": "accuracy {:.1%}", "pearson": "Pearson r {:.3f}"}
+    agreement = {
+        "accuracy": "accuracy {:.1%}",
+        "f1": "F1 {:.1%}",
+        "matthews": "Matthews {:.3f}",
+        "pearson": "Pearson r {:.3f}",
+        "spearman": "Spearman r {:.3f}",
+    }
     shown = [form.format(evaluation[name]) for name, form in agreement.items() if name in evaluation]
     return ", ".join([f"held-out loss {evaluation['loss']:.4f}", *shown])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from eval.held_out import held_out_loss
-from eval.labels import accuracy, pearson, predict
+from eval.labels import agreement, predict
 from eval.mmlu.tracking import Examination
 from models import ConfigError, Model, Refusal, attach_lora, load, save_adapter, save_tokenizer
 from models.checkpoint import Description, describe
@@ -24,6 +24,7 @@ from models.trained import save_model
 from models.whole import train_every_weight
 from train.data import Dataset, load_data, padding_id, preview
 from train.data.batches import Batches
+from train.data.glue import measures
 from train.loop import TrainResult, Watcher, train
 from train.mmlu import MmluWatcher, examination
 from train.planner.advice import advised
@@ -68,11 +69,8 @@ class Finetuning:
             result = held_out_loss(self.model, inputs)
             return {"loss": result.loss, "labels": result.tokens}
         found = predict(labelling(self.model), inputs)
-        if self.config.task == "classification":
-            agreement = {"accuracy": accuracy(found.logits, found.labels)}
-        else:
-            agreement = {"pearson": pearson(found.logits[:, 0], found.labels)}
-        return {"loss": found.loss, **agreement, "labels": len(found.labels)}
+        scored_by = measures(self.data.manifest["format"], self.config.task)
+        return {"loss": found.loss, **agreement(found, scored_by), "labels": len(found.labels)}
 
     def train(self, **how: Any) -> TrainResult:
         """Run the loop, which takes what else is given, then write the result and check what was written."""

@@ -2,7 +2,7 @@
 
 A preset is laid under whatever is given besides it, several of them one over the other in the order given. Its file
 may itself name presets to be laid over (`preset = "qlora"`), as any settings file may. What depends on the model's size
-stands in tables of their own, as the columns of the paper's Table 9 do:
+(or, for GLUE, on the task) stands in tables of their own, as the columns of the paper's Table 9 do:
 
     [sizes.33b]
     optimizer.learning_rate = 1e-4

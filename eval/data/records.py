@@ -29,12 +29,12 @@ class RecordFile:
     """One file; its records are known once it is scanned."""
 
     def __init__(self, path: Path, columns: Sequence[str] = (), plain: bool = False, exact: bool = False) -> None:
-        """A table may be without quotes, and without a header where its columns are given.
+        """A table may be without quotes, whatever its name, and without a header where its columns are given.
 
         With `exact`, Windows line ends within a table's fields stay as they are.
         """
         self.path, self.columns, self.plain, self.exact = path, list(columns), plain, exact
-        self.form = form(path, beginning(path))
+        self.form = "TSV" if plain else form(path, beginning(path))
         self.head: Record = {}  # of an object, what all of its items share
         self.sha256, self.size, self.state = "", 0, (0, 0)
         self.starts, self.sizes, self.lines = array("Q"), array("I"), array("Q")

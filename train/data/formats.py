@@ -7,6 +7,7 @@ under them, unless it is named; the others must have it as well. A new layout is
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
+from functools import partial
 from pathlib import Path
 
 from eval.data.records import Record, printable
@@ -91,10 +92,10 @@ FORMATS = {
     **{
         f"glue-{task.name}": Format(
             (task.columns,),
-            task.read,
+            partial(glue.read, task),
             f"TSV: {', '.join(task.keys)}",
             named=(task.keys,),
-            suits=task.suits,
+            suits=partial(glue.suits, task),
             kind="classification" if task.names else "regression",
             label_names=task.names,
         )
