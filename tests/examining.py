@@ -14,7 +14,7 @@ from eval.task import Suite, Task
 def examinee(checkpoint: Path, architecture: Architecture = "llama", **changes: Any) -> Examinee:
     """A model in float32 with its tokenizer."""
     model = models.load(checkpoint, dtype=torch.float32).eval()
-    parts = {"max_tokens": model.max_tokens, "loaded": model, **changes}
+    parts: dict[str, Any] = {"max_tokens": model.max_tokens, "loaded": model, **changes}
     return Examinee(tokenizer=models.load_tokenizer(checkpoint), architecture=architecture, **parts)
 
 

@@ -185,6 +185,7 @@ def test_the_sizes_of_the_official_table_give_the_papers_averages(causal, tmp_pa
 
 @pytest.mark.skipif(SHARED is None, reason="QLORA_SHARED does not name a folder with CrowS-Pairs")
 def test_the_official_table_is_read():
+    assert SHARED is not None
     found = read_pairs(SHARED / "assets/data/crows_pairs/crows_pairs_first500.csv")
     assert {name: len(pairs) for name, pairs in found.items()} == {
         "age": 34,

@@ -143,11 +143,19 @@ def test_gptq_joins_rows_by_blank_lines_and_leaves_the_rest_out(who, text, tmp_p
 
 
 def test_gptq_begins_with_the_beginning_of_text_where_the_tokenizer_puts_one(who, text, monkeypatch):
-    (plain,) = build(who, text, protocol="gptq", window=8).tasks
+    plain = all_ids(build(who, text, protocol="gptq", window=8), who)
     monkeypatch.setattr(type(who.tokenizer), "adds_bos", True)
-    (begun,) = build(who, text, protocol="gptq", window=8).tasks
-    assert begun.ids == (who.tokenizer.bos_token_id, *plain.ids)
-    assert build(who, text, window=8).tasks[0].ids == tuple(who.tokenizer.encode(TEXT))
+    begun = all_ids(build(who, text, protocol="gptq", window=8), who)
+    assert begun[0] == who.tokenizer.bos_token_id
+    assert begun[1 : len(plain)] == plain[: len(plain) - 1]
+    windows = all_ids(build(who, text, window=8), who)
+    assert windows == who.tokenizer.encode(TEXT)[: len(windows)]
+
+
+def all_ids(suite, who):
+    """The ids of all windows of a task, one after the other."""
+    requests = [request for document in suite.tasks[0].documents for request in suite.tasks[0].requests(document, who)]
+    return [id for request in requests for id in (*request.context_ids, *request.continuation_ids)]
 
 
 def test_a_window_shows_its_text(who, text):

@@ -25,9 +25,11 @@ def test_long_documents_count_for_more():
 def test_with_equal_units_the_error_is_that_of_a_mean():
     values = [-1.0, -2.5, -4.0, -3.0]
     pairs = [(value * 7, 7) for value in values]
-    assert ratio_stderr(pairs) == pytest.approx(mean_stderr(values))
-    assert PERPLEXITY.stderr(pairs) == pytest.approx(math.exp(2.625) * mean_stderr(values))
-    assert BITS.stderr(pairs) == pytest.approx(mean_stderr(values) / math.log(2))
+    error = mean_stderr(values)
+    assert error is not None
+    assert ratio_stderr(pairs) == pytest.approx(error)
+    assert PERPLEXITY.stderr(pairs) == pytest.approx(math.exp(2.625) * error)
+    assert BITS.stderr(pairs) == pytest.approx(error / math.log(2))
 
 
 def test_errors_agree_with_resampling_where_documents_differ_in_length():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.data.texts import read_documents, read_text, text_file
+from eval.likelihood import likelihood, rolling
 from eval.perplexity import FAMILY
 from eval.task import Spec
 from eval.wikitext import articles, detokenized, rows, tightened
@@ -99,6 +101,7 @@ def test_pages_begin_at_headings_of_the_first_level_only():
     assert articles("before\n= A =\nb") == ["before", "= A =\nb"]
     assert articles(" \n\n = A = \n = B = ") == [" = A = ", " = B = "]
     assert articles(" = = A = = \nx") == [" = = A = = \nx"]
+    assert articles("x\n = A=\n=B =") == ["x\n = A=\n=B ="]
     assert articles("= = = A = = =\n= =\n") == ["= = = A = = =\n= =\n"]
 
 
@@ -109,6 +112,7 @@ def test_rows_keep_their_newline_and_blank_ones_are_empty():
 
 @pytest.mark.skipif(SHARED is None, reason="QLORA_SHARED does not name a folder with WikiText-2")
 def test_the_validation_part_of_wikitext_2_has_60_articles():
+    assert SHARED is not None
     text = read_text(SHARED / "assets/data/wikitext2/valid.txt")
     pages = articles(text)
     assert len(pages) == 60  # its Wikipedia articles, as published
@@ -137,6 +141,20 @@ def test_windows_of_a_long_text_add_up_to_every_window_by_hand(who, raw, window)
         words, size = len(re.split(r"\s+", page)), len(page.encode())
         assert value["word_perplexity"] == (pytest.approx(total, rel=1e-6), words)
         assert value["byte_perplexity"] == value["bits_per_byte"] == (pytest.approx(total, rel=1e-6), size)
+
+
+def test_without_a_token_to_begin_with_the_first_one_is_given(who, raw, monkeypatch):
+    monkeypatch.setattr(who.tokenizer, "bos_token_id", None)
+    monkeypatch.setattr(who.tokenizer, "eos_token_id", None)
+    bare = replace(who)  # whose prefix was not looked up yet
+    ids = bare.tokenizer.encode("The red dog ran.")
+    first, second = rolling(bare, "The red dog ran.", window=len(ids) - 2)
+    assert (first.context_ids, first.continuation_ids) == (tuple(ids[:1]), tuple(ids[1:-1]))
+    assert (second.context_ids, second.continuation_ids) == (tuple(ids[1:-1]), tuple(ids[-1:]))
+    with pytest.raises(DataError, match="the text 'a' is one token, and this tokenizer has none that could stand"):
+        rolling(bare, "a")
+    with pytest.raises(ConfigError, match="a text after nothing needs a beginning- or end-of-text token"):
+        likelihood(bare, "", "The dog")
 
 
 def test_the_score_divides_by_words_and_bytes_of_the_stored_text(who, tmp_path):
