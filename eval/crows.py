@@ -10,6 +10,9 @@ of the paper has it. A masked model is asked for that of the tokens that both ha
 official script prints comes out too: the score of pairs of either direction, without those that are equal in three
 decimals (neutral ones), which count as not preferred in the score of all.
 
+The harness reads a revised edition of the English pairs, with more of them, so numbers of the original file are
+near its own but not the same.
+
 Every category is a task. There are two means over them: `crows_pairs_english` weighs categories by their pairs, as
 the table's baselines do, and `crows_pairs_english_macro` weighs them alike, as its average of Guanaco does.
 """

@@ -4,7 +4,7 @@ The number depends on how the text is cut, so every result carries the name of i
 
 `windows`: the text is tokenized whole, without special tokens, and cut into windows of 512 tokens (or as many as
 asked for) that do not overlap; the first token of a window has nothing before it and is not scored. A rest shorter
-than a window is left out, unless it is all there is.
+than a window is left out, unless it is all there is. Documents (JSON lines) are joined by blank lines.
 
 `gptq`: as papers on quantization report it. The rows of WikiText, a line each with its newline and blank ones empty,
 are joined by blank lines and tokenized whole, with the beginning-of-text token where the tokenizer puts one; windows
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from eval.data.texts import DOCUMENTS, SPLITS, read_documents, read_text, text_file
+from eval.data.texts import DOCUMENTS, SPLITS, holds_documents, read_documents, read_text, text_file
 from eval.examinee import Examinee
 from eval.likelihood import Likelihood
 from eval.ratios import PERPLEXITY, exponential
@@ -125,8 +125,9 @@ def build(spec: Spec) -> Suite:
 
 
 def windows_task(spec: Spec, path: Path, alias: str) -> Task:
-    """Any file's text as it is."""
-    ids = spec.examinee.tokenizer.encode(read_text(path, spec.max_chars))
+    """A file's text as it is, or its documents with blank lines between them."""
+    parts = read_documents(path, spec.max_chars) if holds_documents(path) else [read_text(path, spec.max_chars)]
+    ids = spec.examinee.tokenizer.encode("\n\n".join(parts))
     refuse_short(ids)
     window = min(window_of(spec, 512), len(ids))
     return Windows(spec.name, alias, ids, window, spec.examinee, settings(spec, path, "windows", window))
@@ -156,7 +157,8 @@ def harness_task(spec: Spec, path: Path, alias: str) -> Task:
 
 def window_of(spec: Spec, default: int) -> int:
     """Tokens in a window: as asked for, or the protocol's number, which is never lowered in silence."""
-    window, most = spec.window or default, spec.examinee.max_tokens
+    window = default if spec.window is None else spec.window
+    most = spec.examinee.max_tokens
     if window < 2:
         raise ConfigError(f"window is {window}; at least 2 tokens are needed to score one")
     if window > most:

@@ -120,6 +120,14 @@ def test_a_short_text_is_a_window_of_the_task_too(who, tmp_path):
     assert suite.tasks[0].settings["window"] == len(ids)
 
 
+def test_documents_are_joined_by_blank_lines(who, tmp_path):
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": part}) + "\n" for part in ("The red dog ran.", "It was small.")))
+    (tmp_path / "joined.txt").write_text("The red dog ran.\n\nIt was small.")
+    found = [scores(build(who, tmp_path / name, window=8), who) for name in ("documents.jsonl", "joined.txt")]
+    assert found[0] == found[1]
+
+
 def test_a_file_that_is_no_text_of_documents_is_scored_as_it_stands(who, tmp_path):
     records = tiny.records(tmp_path / "records.jsonl")
     expected = perplexity(who.model, who.tokenizer.encode(records.read_text()), 64)
@@ -176,6 +184,7 @@ def test_a_window_shows_its_text(who, text):
         ({"protocol": "gptq"}, ConfigError, "window is 2048, but the model takes 256"),
         ({"protocol": "harness", "window": 257}, ConfigError, "window is 257"),
         ({"window": 1}, ConfigError, "window is 1; at least 2"),
+        ({"window": 0}, ConfigError, "window is 0; at least 2"),
         ({"protocol": "gptq", "window": 256, "max_chars": 60}, DataError, r"tokens, and the protocol gptq takes whole"),
         ({"max_chars": 1}, DataError, r"the text has 1 token\(s\)"),
         ({"split": "test"}, ConfigError, "split 'test' is for a folder"),

@@ -37,6 +37,14 @@ def read_text(path: Path, max_chars: int | None = None) -> str:
     return text
 
 
+def holds_documents(path: Path) -> bool:
+    """Is this JSON whose first record has a text, and not some other file?"""
+    if path.suffix.lower() not in DOCUMENTS:
+        return False
+    first = next(RecordFile(path).scan(), None)
+    return isinstance(first, dict) and any(key in first for key in KEYS)
+
+
 def read_documents(path: Path, max_chars: int | None = None) -> list[str]:
     """The texts of a file of documents, in order; of all of them together, only the first characters if so asked."""
     file, texts, left = RecordFile(path), [], max_chars
