@@ -71,6 +71,10 @@ def likelihood(
     before, after = examinee.pair(context, continuation)
     if not after:
         raise DataError(f"the continuation {continuation!r} has no tokens of its own after {context[-40:]!r}")
+    if not before:
+        raise ConfigError(
+            "a text after nothing needs a beginning- or end-of-text token, and this tokenizer has neither"
+        )
     if ends and examinee.tokenizer.eos_token_id is not None:
         after = [*after, examinee.tokenizer.eos_token_id]
     if examinee.architecture == "t5":
@@ -101,19 +105,22 @@ def in_one_row(requests: Sequence[Likelihood]) -> list[Likelihood]:
     return [replace(it, longer=longest.continuation_ids) if fits(it) else it for it in requests]
 
 
-def rolling(examinee: Examinee, text: str) -> list[Likelihood]:
+def rolling(examinee: Examinee, text: str, window: int | None = None) -> list[Likelihood]:
     """The questions whose log-probabilities sum up to that of a whole text.
 
-    The harness's windows: each predicts as many tokens as the model takes at once, given one token before them, which
-    for the first window is the prefix; the last window reaches back to fill up, and predicts only what is new.
+    The harness's windows: each predicts as many tokens as the model takes at once (or `window`, if that is given),
+    given one token before them, which for the first window is the prefix; the last window reaches back to fill up,
+    and predicts only what is new.
     """
     if examinee.architecture != "llama":
         raise ConfigError("the probability of a whole text needs a causal language model (LLaMA)")
     ids = examinee.tokenizer.encode(text)
     if not ids:
         raise DataError("a text is empty; its probability needs at least one token")
-    whole, size = [*examinee.prefix, *ids], examinee.max_tokens
+    whole, size = [*examinee.prefix, *ids], window or examinee.max_tokens
     skipped = len(whole) - len(ids)  # 0 where a vocabulary has nothing to begin a text with: the first id is given
+    if len(whole) < 2:
+        raise DataError(f"the text {text!r} is one token, and this tokenizer has none that could stand before it")
     windows = []
     for begin in range(max(skipped, 1), len(whole), size):
         end = min(begin + size, len(whole))

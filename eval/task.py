@@ -92,6 +92,8 @@ class Spec:
     num_fewshot: int | None = None
     window: int | None = None
     """Tokens in a window, for perplexities; the most tokens of a prompt, for MMLU."""
+    max_chars: int | None = None
+    """Take this many characters of a text only, from the start."""
     seed: int = 1234
 
 
