@@ -31,6 +31,9 @@ VERBS = {
     "generate": Verb("models.writing", "GenerateOptions", "generate_command", "write on from a prompt"),
     "chat": Verb("models.writing", "ChatOptions", "chat_command", "talk with a model or a run"),
     "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),
+    "annotate": Verb(
+        "eval.chatbot.annotate", "AnnotateOptions", "command", "a web page on which people compare answers"
+    ),
     "merge": Verb("models.merge", "MergeOptions", "command", "base and adapter to one 16-bit checkpoint"),
     "bench": Verb("benchmarks.command", "BenchOptions", "command", "speed and memory, beside others' and targets"),
     "sweep": Verb(
