@@ -28,9 +28,10 @@ VERBS = {
     "train": Verb("train.finetune", "TrainOptions", "command", "fine-tune adapters on a quantized base"),
     "resume": Verb("train.resume", "ResumeOptions", "command", "go on with a run that was killed or interrupted"),
     "export": Verb("models.export", "ExportOptions", "command", "adapter, 4-bit checkpoint or GGUF for other tools"),
-    "generate": Verb("models.writing", "GenerateOptions", "generate_command", "write on from a prompt"),
+    "generate": Verb("eval.generate", "GenerateOptions", "command", "write on from a prompt, or answer questions"),
     "chat": Verb("models.writing", "ChatOptions", "chat_command", "talk with a model or a run"),
     "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),
+    "judge": Verb("eval.chatbot.judge", "JudgeOptions", "command", "let a model compare chatbots' answers"),
     "annotate": Verb(
         "eval.chatbot.annotate", "AnnotateOptions", "command", "a web page on which people compare answers"
     ),

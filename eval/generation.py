@@ -1,5 +1,6 @@
 """What a model writes after a prompt, up to a stop text, the end-of-text token or a number of tokens."""
 
+import secrets
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -45,10 +46,9 @@ class Generate:
     @classmethod
     def answer(cls, examinee: Examinee, rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
         requests = [group[0] for group in rows]
-        together: dict[Any, list[int]] = {}  # a batch shares its settings; draws would depend on who shares it
+        together: dict[Any, list[int]] = {}  # a batch shares its settings; draws are each row's own
         for number, it in enumerate(requests):
-            alone = number if it.sampling.temperature > 0 else None
-            together.setdefault((it.max_new_tokens, it.stop, it.sampling, it.seed, alone), []).append(number)
+            together.setdefault((it.max_new_tokens, it.stop, it.sampling), []).append(number)
         texts = [""] * len(rows)
         for numbers in together.values():
             for number, text in zip(numbers, written(examinee, [requests[n] for n in numbers]), strict=True):
@@ -63,9 +63,13 @@ def generation(
     stop: tuple[str, ...] = (),
     sampling: Sampling = Sampling(),
     seed: int | None = None,
+    ids: Sequence[int] | None = None,
 ) -> Generate:
-    """The question what a model writes after a prompt, of which the end is kept where it is too long."""
-    ids = examinee.prompted(prompt)
+    """The question what a model writes after a prompt, of which the end is kept where it is too long.
+
+    `ids` stand for a prompt that is more than one text, such as a chat.
+    """
+    ids = examinee.prompted(prompt) if ids is None else ids
     room = examinee.max_tokens - (0 if examinee.architecture == "t5" else max_new_tokens)
     if room < 1:
         raise DataError(f"{max_new_tokens} tokens are to be written, but the model takes {examinee.max_tokens} at once")
@@ -92,7 +96,8 @@ def written(examinee: Examinee, requests: Sequence[Generate]) -> list[str]:
     ends, known = set(model.config.eos_token_id), tokenizer.vocab_size
     rows: list[list[int]] = [[] for _ in requests]
     open_rows = set(range(len(rows)))
-    columns = stream(model, ids, mask, max_new_tokens=first.max_new_tokens, sampling=first.sampling, seed=first.seed)
+    seeds = [secrets.randbits(63) if it.seed is None else it.seed for it in requests]
+    columns = stream(model, ids, mask, max_new_tokens=first.max_new_tokens, sampling=first.sampling, seed=seeds)
     for step, column in enumerate(columns, 1):
         for number, id in enumerate(column.tolist()):
             if number in open_rows and id in ends:

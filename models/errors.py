@@ -50,3 +50,12 @@ class WriteError(Refusal):
     """
 
     exit_code = 7
+
+
+class ServiceError(Refusal):
+    """A server that does not answer, however often it is asked.
+
+    Nothing that was given is wrong: later the same command goes on.
+    """
+
+    exit_code = 8

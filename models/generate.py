@@ -70,10 +70,17 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     eos_token_id: int | Sequence[int] | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
 ) -> Iterator[Int[Tensor, " B"]]:
-    """One column of new tokens after the other; a row that has stopped gives the pad id."""
+    """One column of new tokens after the other; a row that has stopped gives the pad id.
+
+    With a seed for each row, a row's draws are those that it would have alone.
+    """
     check_prompts(model, input_ids, attention_mask, max_new_tokens)
+    if isinstance(seed, Sequence) and len(seed) != input_ids.shape[0]:
+        raise ValueError(
+            f"there are {len(seed)} seeds for {input_ids.shape[0]} prompts; give one for all, or one for each"
+        )
     stops = stop_ids(model, eos_token_id).to(input_ids.device)
     decoding = begin(model, input_ids, attention_mask, max_new_tokens)
     yield from steps(decoding, max_new_tokens, sampling, stops, pad_id(model, stops), seed)
@@ -85,11 +92,14 @@ def steps(
     sampling: Sampling,
     stops: Int[Tensor, " stops"],
     pad: int,
-    seed: int | None,
+    seed: int | Sequence[int] | None,
 ) -> Iterator[Int[Tensor, " B"]]:
     """Choose a token for every row until all have stopped."""
     device = decoding.opening.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    if isinstance(seed, Sequence):
+        generator = [torch.Generator().manual_seed(each) for each in seed]
+    else:
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     done = torch.zeros(decoding.opening.shape[0], dtype=torch.bool, device=device)
     seen = chosen = None
     for _ in range(max_new_tokens):

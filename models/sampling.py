@@ -3,6 +3,7 @@
 Letters: B rows, P tokens that are there, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +39,9 @@ def choose(
     logits: Float[Tensor, "B V"],
     sampling: Sampling,
     seen: Bool[Tensor, "B V"] | None,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Int[Tensor, " B"]:
-    """The next token of every row."""
+    """The next token of every row; with a generator for each row, each has draws of its own."""
     logits = penalized(logits, sampling.repetition_penalty, seen)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
@@ -53,7 +54,21 @@ def choose(
         # The token that crosses p still belongs to the nucleus: drop those with p reached before them.
         drop = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
         logits = logits.masked_fill(drop.gather(1, order.argsort(dim=-1)), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    probabilities = logits.softmax(dim=-1)
+    if isinstance(generator, Sequence):
+        return draw(probabilities, generator)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def draw(probabilities: Float[Tensor, "B V"], generators: Sequence[torch.Generator]) -> Int[Tensor, " B"]:
+    """A token of every row by one number from the row's own generator, so that no row's draw depends on another's.
+
+    The generators are the CPU's: a seed stands for the same numbers on every device.
+    """
+    numbers = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators]
+    reached = probabilities.double().cumsum(dim=-1)
+    wanted = torch.stack(numbers).to(reached.device) * reached[:, -1:]  # (B, 1)
+    return torch.searchsorted(reached, wanted, right=True)[:, 0].clamp(max=probabilities.shape[1] - 1)
 
 
 def penalized(logits: Float[Tensor, "B V"], penalty: float, seen: Bool[Tensor, "B V"] | None) -> Float[Tensor, "B V"]:

@@ -1,4 +1,4 @@
-"""`qlora generate` and `qlora chat`: a model's text on the terminal, as it is written."""
+"""`qlora chat`, and a model's text on the terminal as it is written."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,6 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from models.chat import render_chat
-from models.errors import ConfigError
 from models.generate import generate, stream
 from models.llama import causal
 from models.model import Model
@@ -22,32 +21,6 @@ from models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """Write on from a prompt; a T5 reads the prompt and writes another text."""
-
-    target: Positional[str]
-    """A checkpoint or a run."""
-    prompt: str
-    """The text to go on from, or for a T5 to read; with --chat, a user's message."""
-    chat: bool = False
-    """Put the prompt into the model's chat form."""
-    max_new_tokens: int = 128
-    """Where to stop if the model does not."""
-    sampling: Sampling = Sampling()
-    """How tokens are chosen."""
-    num_beams: int = 1
-    """Texts kept at every step in search of the most probable one; 1 for no search."""
-    length_penalty: float = 1.0
-    """Beam search ranks texts by the sum of their log-probabilities over length^length_penalty."""
-    seed: int | None = None
-    """Makes sampling repeatable."""
-    load: LoadOptions = LoadOptions()
-    """How the model is loaded."""
-    json: bool = False
-    """Print one JSON object on stdout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +41,6 @@ class ChatOptions:
     """How the model is loaded."""
     json: bool = False
     """Print the conversation as one JSON object at the end."""
-
-
-def generate_command(options: GenerateOptions, console: "Console") -> dict[str, Any]:
-    model, tokenizer = load_target(options.target, options.load)
-    if options.chat:
-        causal(model, "chat")
-        ids, _ = render_chat(tokenizer, [{"role": "user", "content": options.prompt}], add_generation_prompt=True)
-    elif isinstance(model, T5):
-        ids = tokenizer.encode(options.prompt, eos=True)  # as every text was that its encoder was trained on
-    else:
-        ids = tokenizer.encode(options.prompt, bos=tokenizer.adds_bos)
-    if not ids:
-        raise ConfigError("generate: the prompt is empty, and this tokenizer has no id to begin a text with")
-    beams = {"num_beams": options.num_beams, "length_penalty": options.length_penalty}
-    parts = answer(model, tokenizer, ids, options.max_new_tokens, options.sampling, options.seed, **beams)
-    text = say(parts, console)
-    return {"target": options.target, "prompt": options.prompt, "text": text}
 
 
 def chat_command(options: ChatOptions, console: "Console") -> dict[str, Any]:

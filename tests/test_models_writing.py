@@ -7,8 +7,10 @@ import torch
 from rich.console import Console
 
 import models
+from eval.generate import GenerateOptions, SamplingOptions
+from eval.generate import command as generate_command
 from models.target import LoadOptions
-from models.writing import ChatOptions, GenerateOptions, answer, chat_command, generate_command
+from models.writing import ChatOptions, answer, chat_command
 from tests import tiny, tiny_t5
 
 LOAD = LoadOptions(dtype="float32", device="cpu")
@@ -71,4 +73,4 @@ def test_a_chat_with_a_t5_is_refused(t5):
 
 def test_sampling_with_beams_is_refused(llama):
     with pytest.raises(models.ConfigError, match=r"num_beams is 2 and temperature 0\.7"):
-        said(llama, num_beams=2, sampling=models.Sampling(temperature=0.7))
+        said(llama, num_beams=2, sampling=SamplingOptions(temperature=0.7))

@@ -8,6 +8,7 @@ Ratings name answers by their ids. An answer without one is named by the id that
 follows from its text, so that ratings old and new can be matched with the answers.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from uuid import NAMESPACE_DNS, NAMESPACE_URL, uuid5
 
 from eval.chatbot.questions import PREAMBLE, Question, identifier, listed, records
 from eval.data.records import Record
-from models import DataError
+from models import ConfigError, DataError
 
 ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"  # without those that look alike
 ID_LENGTH = 22  # the fewest of these letters that hold 128 bits
@@ -65,6 +66,11 @@ def system_name(path: Path) -> str:
     return path.name.removesuffix(".jsonl").removesuffix(".json").replace("_", "-")
 
 
+def row_id(row: Record) -> str:
+    """The id of the question that a row of ours is about; a KeyError where it has none."""
+    return str(row["message_id"] if "message_id" in row else row["question_id"])
+
+
 def answer_text(row: Record, where: str) -> str:
     """The answer in a row, without what a model wrote behind it in the user's name."""
     for name in ("generation_truncated", "generation", "answer"):
@@ -75,6 +81,35 @@ def answer_text(row: Record, where: str) -> str:
     raise DataError(
         f"{where}: has no answer: generation, answer, or text with an answer_id is needed; it has {listed(row)}"
     )
+
+
+def read_systems(paths: Sequence[str]) -> list[Answers]:
+    """The answers of all systems, whose names differ and can be part of a file's name."""
+    systems: dict[str, Answers] = {}
+    for given in paths:
+        name, _, path = given.rpartition("=") if not Path(given).exists() else ("", "", given)
+        answers = read_answers(path, name or None)
+        if answers.system in systems:
+            raise ConfigError(
+                f"answers: {systems[answers.system].path} and {answers.path} are both named {answers.system}; "
+                "name one as in NAME=FILE"
+            )
+        if "/" in answers.system or os.sep in answers.system or answers.system.startswith("."):
+            raise ConfigError(
+                f"answers: {answers.system!r} cannot be a system's name: it becomes part of a file's name"
+            )
+        systems[answers.system] = answers
+    return list(systems.values())
+
+
+def named(systems: Sequence[Answers], name: str | None) -> Answers | None:
+    """The system of that name."""
+    if name is None:
+        return None
+    for answers in systems:
+        if name in (answers.system, str(answers.path)):
+            return answers
+    raise ConfigError(f"reference: {name} is none of the systems {', '.join(it.system for it in systems)}")
 
 
 def require_all(systems: Sequence[Answers], questions: Sequence[Question]) -> None:

@@ -41,6 +41,12 @@ class Question:
     """What files call the id."""
 
     @property
+    def named(self) -> dict[str, int | str]:
+        """The id as rows of files have it: a number where it is one."""
+        number = self.id.isascii() and self.id.isdecimal() and str(int(self.id)) == self.id
+        return {self.key: int(self.id) if number else self.id}
+
+    @property
     def is_dialogue(self) -> bool:
         """Whether the text has marks."""
         return self.text.lstrip().startswith("### Human:")
