@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from models import Model, Tokenizer, render_chat
 
-Architecture = Literal["llama", "t5", "roberta"]
 UNLIMITED = 2048  # tokens that a model takes at once which has no limit of its own, as in the harness
 
 
@@ -15,7 +13,8 @@ class Examinee:
     """What a task may ask of whom it examines."""
 
     tokenizer: Tokenizer
-    architecture: Architecture
+    architecture: str
+    """llama, t5 or roberta, as `models.checkpoint.describe` says it."""
     max_tokens: int = UNLIMITED
     """The longest input, in tokens."""
     loaded: Model | None = None

@@ -36,7 +36,7 @@ class Task(ABC):
     """What decides the score, for the results' `configs`: data, split, protocol."""
 
     @abstractmethod
-    def requests(self, document: Document, examinee: Examinee) -> list[Request]:
+    def requests(self, document: Document, examinee: Examinee) -> Sequence[Request]:
         """What is asked about a document; its answers come back in this order."""
 
     @abstractmethod

@@ -1,14 +1,13 @@
 """`qlora list`: what can be named. Every list is read from the place that decides, so none can fall behind it."""
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from tyro.conf import Positional
 
-from eval.command import EvalOptions
+from eval.registry import families
+from eval.task import Family
 from train.data.formats import FORMATS
 from train.preset import presets
 from train.recipe import RunConfig
@@ -57,7 +56,7 @@ def preset_rows() -> list[Row]:
 def task_rows() -> list[Row]:
     """What a model can be trained for, and what it can be measured by."""
     trained = [{"verb": "train", "name": name, "summary": TRAINED[name]} for name in choices(RunConfig, "task")]
-    measured = [{"verb": "eval", "name": name, "summary": about(name)} for name in choices(EvalOptions, "task")]
+    measured = [{"verb": "eval", "name": it.name, "summary": about(it)} for it in families().values()]
     return trained + measured
 
 
@@ -74,11 +73,11 @@ def choices(cls: type, field: str) -> Sequence[str]:
     return get_args(get_type_hints(cls)[field])
 
 
-def about(task: str) -> str:
-    """What the file of a measurement says first about itself."""
-    if find_spec(f"eval.{task}") is None:
-        return ""
-    return (importlib.import_module(f"eval.{task}").__doc__ or "").partition("\n")[0]
+def about(family: Family) -> str:
+    """What a measurement is, the names of its parts if they are few, and what can be chosen."""
+    lists = [("also", family.names if len(family.names) <= 12 else ()), ("protocols", family.protocols)]
+    lists += [("splits", family.splits), ("data", (family.data,) if family.data else ())]
+    return "; ".join([family.summary, *(f"{what}: {', '.join(names)}" for what, names in lists if names)])
 
 
 def table(rows: Sequence[Row]) -> Any:

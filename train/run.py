@@ -14,7 +14,6 @@ import json
 import math
 import platform
 import shutil
-import subprocess
 import sys
 import time
 import tomllib
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 
+from models.commit import git_commit
 from models.errors import CheckpointError, ConfigError, WriteError
 from models.files import TEMPORARY, append_line, cut_back, sync_file, write_whole
 from models.lock import Held, lock, unlock
@@ -341,18 +341,4 @@ def installed(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """Give this code's commit, with "+changes" if files differ from it; None outside a repository."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed inside someone else's repository?
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
         return None
