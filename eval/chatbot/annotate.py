@@ -15,7 +15,7 @@ from eval.chatbot.annotate_export import export
 from eval.chatbot.annotate_items import comparisons
 from eval.chatbot.annotate_server import AnnotationServer
 from eval.chatbot.annotate_votes import Votes
-from eval.chatbot.answers import read_answers
+from eval.chatbot.answers import named, read_systems
 from eval.chatbot.questions import read_questions
 from models import ConfigError, DataError
 
@@ -30,7 +30,7 @@ class AnnotateOptions:
     """Serve a web page on which people compare systems' answers."""
 
     answers: Positional[tuple[str, ...]] = ()
-    """Files of answers, one for each system."""
+    """Files of answers, one for each system, which is named by its file or as in NAME=FILE."""
     questions: str
     """The file of questions."""
     votes: str
@@ -59,8 +59,9 @@ def command(options: AnnotateOptions, console: "Console") -> dict[str, Any]:
     questions = read_questions(options.questions)
     if options.export is not None:
         return export_command(options, console)
-    systems = [read_answers(path) for path in options.answers]
-    items = comparisons(questions, systems, options.reference)
+    systems = read_systems(options.answers)
+    reference = named(systems, options.reference)
+    items = comparisons(questions, systems, reference and reference.system)
     for answers in systems:
         lacking = answers.missing(questions)
         if lacking:
@@ -69,7 +70,7 @@ def command(options: AnnotateOptions, console: "Console") -> dict[str, Any]:
                 markup=False,
                 soft_wrap=True,
             )
-    raters = options.raters or (PAIRWISE if options.reference is None else REFERENCED)
+    raters = options.raters or (PAIRWISE if reference is None else REFERENCED)
     votes = Votes(Path(options.votes))
     try:
         votes.bind(items)

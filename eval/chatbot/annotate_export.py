@@ -48,9 +48,9 @@ def row(vote: Vote, question: Question) -> str:
 
 
 def file_name(system: str) -> str:
-    """A system's name without what a file's cannot have.
+    """A system's name as a part of a file's.
 
-    >>> file_name("meta/llama 7b")
-    'meta_llama_7b'
+    >>> file_name("../llama 7b")
+    '.._llama 7b'
     """
-    return re.sub(r"[^\w.+-]", "_", system)
+    return re.sub(r"[/\\]", "_", system)

@@ -51,12 +51,7 @@ def comparisons(
     """Every pair of systems, or every system with the reference, on each question that both answered."""
     if len(systems) < 2:
         raise ConfigError(f"raters compare two systems or more; {len(systems) or 'no'} file of answers was given")
-    by_name: dict[str, Answers] = {}
-    for answers in systems:
-        if answers.system in by_name:
-            earlier = by_name[answers.system].path
-            raise ConfigError(f"{answers.path} and {earlier} are both of the system {answers.system}; rename one file")
-        by_name[answers.system] = answers
+    by_name = {answers.system: answers for answers in systems}
     if reference is not None and reference not in by_name:
         raise ConfigError(f"the reference {reference} is none of the systems given: {', '.join(by_name)}")
     found = []
