@@ -11,7 +11,7 @@ from eval.examinee import Examinee
 from eval.task import Family, Spec, Suite
 from models import ConfigError
 
-MODULES: tuple[str, ...] = ()  # each with a FAMILY
+MODULES: tuple[str, ...] = ("eval.lemons.family",)  # each with a FAMILY
 
 
 @cache
