@@ -61,7 +61,7 @@ def command(options: AnnotateOptions, console: "Console") -> dict[str, Any]:
         return export_command(options, console)
     systems = read_systems(options.answers)
     reference = named(systems, options.reference)
-    items = comparisons(questions, systems, reference and reference.system)
+    items = comparisons(questions, systems, None if reference is None else reference.system)
     for answers in systems:
         lacking = answers.missing(questions)
         if lacking:

@@ -65,7 +65,8 @@ def by_probe(sheets: Sequence[Sheet]) -> dict[Name, list[Row | None]]:
     found: dict[Name, list[Row | None]] = {}
     for number, sheet in enumerate(sheets):
         for row in sheet.rows:
-            rows = found.setdefault((row["category"], row["id"]), [None for _ in sheets])
+            unasked: list[Row | None] = [None] * len(sheets)
+            rows = found.setdefault((row["category"], row["id"]), unasked)
             other = next((it for it in rows if it is not None), row)
             if other["messages"] != row["messages"]:
                 raise DataError(f"{row['category']}, {row['id']}: the systems were asked different things")
