@@ -11,7 +11,13 @@ from eval.examinee import Examinee
 from eval.task import Family, Spec, Suite
 from models import ConfigError
 
-MODULES: tuple[str, ...] = ("eval.lemons.family",)  # each with a FAMILY
+MODULES = (
+    "eval.choice.generic",
+    "eval.choice.zero_shot",
+    "eval.choice.bigbench",
+    "eval.choice.raft",
+    "eval.lemons.family",
+)  # each with a FAMILY
 
 
 @cache

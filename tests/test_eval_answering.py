@@ -85,6 +85,9 @@ def test_a_batch_is_of_one_kind():
     who = examinee()
     assert answer_all(who, [Count(1), Other(2), Count(3)], 8) == [10, 20, 30]
     assert sorted(batches(who)) == [[[1], [3]], [[2]]]
+    who = examinee()
+    assert answer_all(who, [Count(1), Other(1)], 8) == [10, 10]
+    assert batches(who) == [[[1]], [[1]]]  # though their rows are equal
 
 
 def test_auto_is_bounded_by_rows_and_by_tokens():

@@ -70,6 +70,8 @@ def test_results_have_the_harnesss_keys_and_the_values_that_counting_gives(model
         pooled_stderr([mean_stderr(a) or 0, mean_stderr(b) or 0], [3, 5])
     )
     assert results["toy_macro"]["acc,none"] == pytest.approx((sum(a) / 3 + sum(b) / 5) / 2)
+    squares = (mean_stderr(a) or 0) ** 2 + (mean_stderr(b) or 0) ** 2
+    assert results["toy_macro"]["acc_stderr,none"] == pytest.approx(squares**0.5 / 2)
     assert results["toy_write"]["acc_stderr,none"] == "N/A"
     assert results["toy_a"]["alias"].strip() == "- a"
     assert found["groups"] == {name: results[name] for name in ("toy", "toy_macro")}
@@ -108,6 +110,8 @@ def test_a_limit_is_marked(model, tmp_path, capsys):
     assert "trying out only" in err
     share, _ = told(capsys, model, "--task", "toy", "--limit", 0.4, "--out", tmp_path)
     assert [it["effective"] for it in share["n-samples"].values()] == [1, 2]
+    least, _ = told(capsys, model, "--task", "toy", "--limit", 0.01, "--out", tmp_path)
+    assert [it["effective"] for it in least["n-samples"].values()] == [1, 1]
     for wrong in ("0", "-1", "2.5"):
         _, err = told(capsys, model, "--task", "toy", "--limit", wrong, "--out", tmp_path, code=2)
         assert "limit is" in err

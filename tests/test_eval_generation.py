@@ -47,6 +47,25 @@ def test_a_text_ends_before_the_first_mark(examinee):
     assert before_stop("one two", ("w", "e ")) == "on"
 
 
+def test_a_text_ends_where_the_model_ends_it(examinee, monkeypatch):
+    """What fills a row that has stopped may be a token like any other, and is no part of the text."""
+    model = examinee.model
+    ids = examinee.prompted("It is")
+    row = models.generate(model, torch.tensor([ids]), max_new_tokens=9, eos_token_id=-1)[0, len(ids) :].tolist()
+    monkeypatch.setattr(model, "config", replace(model.config, eos_token_id=(row[4],), pad_token_id=row[0]))
+    requests = [generation(examinee, prompt, 9) for prompt in ("It is", "Name colour 3.")]
+    assert answer_all(examinee, requests)[0] == examinee.tokenizer.decode(row[: row.index(row[4])])
+
+
+def test_in_a_chat_prompts_are_a_users_and_answers_begin_without_a_space(examinee):
+    tokenizer = examinee.tokenizer
+    chat = replace(examinee, chat=True)
+    opened = models.render_chat(tokenizer, [{"role": "user", "content": "It is"}], add_generation_prompt=True)[0]
+    assert generation(chat, "It is", 3).ids == tuple(opened)
+    assert chat.pair("It is", " red") == (opened, tokenizer.encode("red"))
+    assert generation(examinee, "It is", 3).ids == tuple(tokenizer.encode("It is"))
+
+
 def test_a_written_mark_ends_the_writing(examinee, monkeypatch):
     steps = []
     forward = examinee.model.model.forward
