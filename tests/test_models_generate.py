@@ -121,6 +121,28 @@ def test_a_seed_fixes_sampling(model):
     assert not torch.equal(draw(1), draw(2))
 
 
+def test_a_row_with_a_seed_of_its_own_is_drawn_as_it_is_alone(model):
+    ids, mask = batch("left")
+    how = {"max_new_tokens": 12, "sampling": Sampling(temperature=1.5, top_p=0.9), "eos_token_id": -1}
+    together = torch.stack(list(models.stream(model, ids, mask, seed=[3, 4, 3], **how)), dim=1)
+    for row, prompt, seed in zip(together, PROMPTS, [3, 4, 3], strict=True):
+        alone = torch.stack(list(models.stream(model, torch.tensor([prompt]), seed=[seed], **how)), dim=1)
+        assert torch.equal(row, alone[0])
+    other = torch.stack(list(models.stream(model, ids, mask, seed=[3, 5, 3], **how)), dim=1)
+    assert torch.equal(other[::2], together[::2])
+    assert not torch.equal(other[1], together[1])
+    with pytest.raises(ValueError, match="2 seeds for 3 prompts"):
+        next(models.stream(model, ids, mask, seed=[1, 2], **how))
+
+
+def test_rows_with_seeds_of_their_own_draw_from_the_distribution():
+    logits = torch.tensor([[1.0, -torch.inf, 0.0, -1.0, -torch.inf]]).expand(4000, -1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    found = choose(logits, Sampling(temperature=1.0), None, generators).bincount(minlength=5) / 4000
+    torch.testing.assert_close(found, logits[0].softmax(0), atol=0.03, rtol=0)
+    assert found[1] == found[4] == 0
+
+
 def drawn(sampling, logits, n=4000, seen=None):
     generator = torch.Generator().manual_seed(0)
     rows = torch.tensor([logits]).expand(n, -1)

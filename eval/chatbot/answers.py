@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import NAMESPACE_DNS, NAMESPACE_URL, uuid5
 
-from eval.chatbot.questions import PREAMBLE, Question, identifier, listed, records
+from eval.chatbot.questions import PREAMBLE, Question, identifier, listed, records, well_formed
 from eval.data.records import Record
 from models import ConfigError, DataError
 
@@ -49,7 +49,7 @@ def read_answers(path: str | Path, system: str | None = None) -> Answers:
         key, id = identifier(row, where)
         if id in texts:
             raise DataError(f"{where}: the {key} {id} comes twice; a system answers each question once")
-        texts[id] = answer_text(row, where)
+        texts[id] = well_formed(answer_text(row, where))
         given = row.get("answer_id")
         ids[id] = given if isinstance(given, str) and given else short_id(texts[id])
     if not texts:

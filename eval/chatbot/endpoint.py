@@ -73,7 +73,7 @@ class Endpoint:
         if not prompts:
             return
         if importlib.util.find_spec("openai") is None:
-            raise ConfigError('asking an endpoint needs the package openai: pip install "qlora-from-scratch[judge]"')
+            raise ConfigError("asking an endpoint needs the package openai (the extra [judge]): pip install openai")
         from openai import OpenAI
 
         left = iter(prompts.items())
@@ -109,11 +109,9 @@ class Endpoint:
                 return self.once(prompt)
             except Fault as fault:
                 if attempt == self.retries:
-                    raise ServiceError(f"judge: {fault} ({attempt + 1} tries); {self.advice()}") from fault
+                    raise ServiceError(f"{fault} ({attempt + 1} tries); {self.advice()}") from fault
                 if fault.after is not None and fault.after > LONGEST_WAIT:
-                    raise ServiceError(
-                        f"judge: {fault}; it asks to wait {fault.after:.0f} s; {self.advice()}"
-                    ) from fault
+                    raise ServiceError(f"{fault}; it asks to wait {fault.after:.0f} s; {self.advice()}") from fault
                 if fault.after is not None:
                     self.not_before = max(self.not_before, time.monotonic() + fault.after)
                 else:
@@ -149,7 +147,7 @@ class Endpoint:
         if (status in PASSING and not spent) or status >= 500:
             return Fault(why, retry_after(headers))
         hint = "; does --base-url end as the server wants it, often in /v1?" if status == 404 else ""
-        return ConfigError(f"judge: {why}{hint}; replies so far are kept")
+        return ConfigError(f"{why}{hint}; replies so far are kept")
 
     def advice(self) -> str:
         return "replies so far are kept: run the same command again later, or with less --concurrency"

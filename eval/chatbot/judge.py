@@ -41,7 +41,7 @@ class JudgeOptions:
     judge: str
     """A model of the endpoint, such as gpt-4, or a checkpoint or a run here."""
     base_url: str | None = None
-    """An OpenAI-compatible endpoint, such as http://localhost:8000/v1; by default OpenAI's, if the judge is not here."""
+    """An OpenAI-compatible endpoint, such as http://localhost:8000/v1; by default OpenAI's, if no judge is here."""
     api_key_env: str = "OPENAI_API_KEY"
     """The environment variable with the endpoint's key; a server of your own may need none."""
     mode: Mode = "pairwise"

@@ -110,10 +110,11 @@ def identifier(row: Record, where: str) -> tuple[str, str]:
 def asked(row: Record, where: str) -> str:
     """A question's text; a chat of several messages becomes a text with marks."""
     if isinstance(row.get("messages"), list):
-        return marked(row["messages"], where)
+        return well_formed(marked(row["messages"], where))
     for name in TEXTS:
         if isinstance(row.get(name), str) and row[name].strip():
-            return row[name].removeprefix(PREAMBLE).lstrip() if name == "prompt" else row[name]
+            text = well_formed(row[name])
+            return text.removeprefix(PREAMBLE).lstrip() if name == "prompt" else text
     raise DataError(f"{where}: has no question: one of {', '.join(TEXTS)} or messages is needed; it has {listed(row)}")
 
 
@@ -135,6 +136,11 @@ def marked(messages: list[Any], where: str) -> str:
         return messages[0]["content"]
     turns = [f"### {names[message['role']]}: {message['content']}" for message in messages]
     return " ".join([*turns, "### Assistant:"])
+
+
+def well_formed(text: str) -> str:
+    """A text whose halves of surrogate pairs, which JSON can hold and UTF-8 cannot, are U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def listed(row: Record) -> str:
