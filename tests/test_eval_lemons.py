@@ -436,7 +436,8 @@ def test_data_may_be_a_folder_with_probes_or_one_of_other_tasks(examinee, mine):
         build(Spec(name="lemons", examinee=examinee, data=mine))
 
 
-def test_the_command_leaves_scores_answers_and_a_page(model, mine, tmp_path, capsys):
+def test_the_command_leaves_scores_answers_and_a_page(model, mine, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("eval.lemons.family.MAX_NEW_TOKENS", 6)
     command = ["eval", str(model), "--task", "lemons", "--data", str(mine), "--out", str(tmp_path / "out")]
     assert qlora.main([*command, "--load.dtype", "float32", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
