@@ -32,6 +32,9 @@ VERBS = {
     "chat": Verb("models.writing", "ChatOptions", "chat_command", "talk with a model or a run"),
     "eval": Verb("eval.command", "EvalOptions", "command", "measure a model or a run on a task"),
     "judge": Verb("eval.chatbot.judge", "JudgeOptions", "command", "let a model compare chatbots' answers"),
+    "annotate": Verb(
+        "eval.chatbot.annotate", "AnnotateOptions", "command", "a web page on which people compare answers"
+    ),
     "merge": Verb("models.merge", "MergeOptions", "command", "base and adapter to one 16-bit checkpoint"),
     "tournament": Verb(
         "eval.chatbot.tournament", "TournamentOptions", "command", "ratings of chatbots: Elo, percent, agreement"
