@@ -46,7 +46,9 @@ class EvalOptions:
     num_fewshot: tuple[str, ...] = ()
     """Solved examples before each question: a number, or NAME=NUMBER for each task."""
     window: tuple[str, ...] = ()
-    """Tokens in a window of a perplexity: a number, or NAME=NUMBER for each task."""
+    """Tokens in a window of a perplexity, or at most in a prompt of MMLU: a number, or NAME=NUMBER for each task."""
+    max_chars: int | None = None
+    """Take so many characters of a perplexity's text only, from its start; for trying things out only."""
     limit: float | None = None
     """Take so many documents of each task from its start or, below 1, such a share; for trying things out only."""
     batch_size: int | Literal["auto"] = "auto"
@@ -69,12 +71,14 @@ class EvalOptions:
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1, or auto")
+        if self.max_chars is not None and self.max_chars < 1:
+            raise ValueError(f"max_chars is {self.max_chars}; it must be at least 1")
         if self.limit is not None and not (0 < self.limit < 1 or self.limit == int(self.limit) >= 1):
             raise ValueError(f"limit is {self.limit}; it must be a whole number, or a share between 0 and 1")
 
     @property
     def settings(self) -> Settings:
-        return Settings(self.data, self.protocol, self.split, self.num_fewshot, self.window, self.seed)
+        return Settings(self.data, self.protocol, self.split, self.num_fewshot, self.window, self.max_chars, self.seed)
 
 
 def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
@@ -98,6 +102,7 @@ def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
         device=str(examinee.model.device),
         batch_size=options.batch_size,
         limit=limit,
+        max_chars=options.max_chars,
         chat=options.chat,
         seed=options.seed,
         commit=git_commit(),
@@ -145,7 +150,7 @@ def tell(results: dict[str, Any], shown: str, hits: int, path: Path, console: "C
     """The table, and what a reader of its numbers has to know."""
     console.out(shown, highlight=False)
     if results["limited"]:
-        console.print(f"[yellow]limited to {results['config']['limit']} documents a task: for trying out only[/yellow]")
+        console.print("[yellow]limited to a part of the data: for trying out only[/yellow]")
     for name, count in results["cut_prompts"].items():
         console.print(f"{name}: {count} prompts were longer than the model takes and lost a part")
     for name, lines in results["warnings"].items():

@@ -51,6 +51,7 @@ class Settings:
     split: Sequence[str] = ()
     num_fewshot: Sequence[str] = ()
     window: Sequence[str] = ()
+    max_chars: int | None = None
     seed: int = 1234
 
 
@@ -79,6 +80,7 @@ def build(tasks: str, settings: Settings, examinee: Examinee) -> list[Suite]:
             split=split,
             num_fewshot=whole("num_fewshot", chosen("num_fewshot", settings.num_fewshot, who), 0),
             window=whole("window", chosen("window", settings.window, who), 2),
+            max_chars=settings.max_chars,
             seed=settings.seed,
         )
         suites.append(family.build(spec))

@@ -29,6 +29,7 @@ class About:
     device: str
     batch_size: int | str
     limit: int | float | None
+    max_chars: int | None
     chat: bool
     seed: int
     commit: str | None
@@ -64,13 +65,14 @@ def as_json(found: Evaluation, about: About) -> dict[str, Any]:
             "batch_size": about.batch_size,
             "device": about.device,
             "limit": about.limit,
+            "max_chars": about.max_chars,
             "bootstrap_iters": RESAMPLES,
             "random_seed": about.seed,
             "numpy_seed": about.seed,
             "torch_seed": about.seed,
             "fewshot_seed": about.seed,
         },
-        "limited": about.limit is not None,
+        "limited": about.limit is not None or about.max_chars is not None,
         "cut_prompts": {name: outcome.cut for name, outcome in tasks.items() if outcome.cut},
         "warnings": {name: list(outcome.warnings) for name, outcome in tasks.items() if outcome.warnings},
         "git_hash": about.commit,

@@ -7,11 +7,11 @@ import torch
 
 import models
 from eval.answering import answer_all
-from eval.examinee import Architecture, Examinee
+from eval.examinee import Examinee
 from eval.task import Suite, Task
 
 
-def examinee(checkpoint: Path, architecture: Architecture = "llama", **changes: Any) -> Examinee:
+def examinee(checkpoint: Path, architecture: str = "llama", **changes: Any) -> Examinee:
     """A model in float32 with its tokenizer."""
     model = models.load(checkpoint, dtype=torch.float32).eval()
     parts: dict[str, Any] = {"max_tokens": model.max_tokens, "loaded": model, **changes}

@@ -107,7 +107,7 @@ def test_a_limit_is_marked(model, tmp_path, capsys):
     assert found["limited"] is True
     assert found["config"]["limit"] == 2
     assert found["n-samples"]["toy_b"] == {"original": 5, "effective": 2}
-    assert "trying out only" in err
+    assert "for trying out only" in err
     share, _ = told(capsys, model, "--task", "toy", "--limit", 0.4, "--out", tmp_path)
     assert [it["effective"] for it in share["n-samples"].values()] == [1, 2]
     least, _ = told(capsys, model, "--task", "toy", "--limit", 0.01, "--out", tmp_path)

@@ -82,7 +82,7 @@ def examinee():
     return Examinee(tokenizer=tokenizer, architecture="llama", loaded=Unloaded())
 
 
-ABOUT = About("m", {}, "cpu", 4, None, False, 1, None, datetime(2026, 1, 1), datetime(2026, 1, 2))
+ABOUT = About("m", {}, "cpu", 4, None, None, False, 1, None, datetime(2026, 1, 1), datetime(2026, 1, 2))
 
 
 def found(examinee, tasks, groups=()):

@@ -117,9 +117,10 @@ def test_a_run_is_evaluated_with_its_base_its_format_and_its_adapter(run, model,
     models.load_adapter(loaded, run / "adapter")
     ids = models.load_tokenizer(model).encode(data.read_text())
     expected = eval_perplexity(loaded, ids)
-    assert found["perplexity"] == pytest.approx(expected, rel=1e-6)
-    assert found["protocol"] == "windows"
+    assert found["results"]["perplexity"]["token_perplexity,none"] == pytest.approx(expected, rel=1e-6)
+    assert found["configs"]["perplexity"]["protocol"] == "windows"
     assert found["limited"] is False
+    assert Path(found["files"][0]).parent == run / "eval"
 
 
 def eval_perplexity(model, ids):
