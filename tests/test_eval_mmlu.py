@@ -148,8 +148,9 @@ def test_all_of_mmlu_needs_all_files_and_a_part_only_its_own(who, tmp_path):
     with pytest.raises(DataError, match=r"has no abstract_algebra_test.csv, and 54 more files .* mmlu_anatomy"):
         tiny_mmlu.suite(who, tmp_path, "mmlu")
     prompts = tmp_path / "val.jsonl"
-    prompts.write_text(json.dumps({"subject": "anatomy", "input": "Is it?", "output": "A"}) + "\n")
-    assert len(tiny_mmlu.suite(who, prompts).tasks[0].documents) == 1
+    rows = [{"subject": subject, "input": "Is it?", "output": "A"} for subject in ("anatomy", "virology")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [task.documents for task in tiny_mmlu.suite(who, prompts).tasks] == [rows[:1]]
     with pytest.raises(DataError, match=r"no prompts about abstract_algebra, and 17 more subjects .* mmlu_anatomy"):
         tiny_mmlu.suite(who, prompts, "mmlu_stem")
 
