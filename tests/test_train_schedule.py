@@ -17,7 +17,7 @@ from train.schedule import learning_rate, warmup_steps
 totals = st.integers(1, 500)
 configs = st.builds(
     OptimizerConfig,
-    schedule=st.sampled_from(["constant", "cosine"]),
+    schedule=st.sampled_from(["constant", "cosine", "linear"]),
     warmup_ratio=st.floats(0, 1),
     warmup_steps=st.none() | st.integers(0, 100),
     min_ratio=st.floats(0, 1),
@@ -47,6 +47,12 @@ def test_a_cosine_is_half_way_down_in_the_middle_and_ends_at_its_share():
     assert learning_rate(11, 110, config) == 1.0
     assert learning_rate(61, 110, config) == pytest.approx(0.55)
     assert learning_rate(110, 110, config) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.99)) / 2)
+
+
+def test_a_linear_decay_falls_by_the_same_at_each_step():
+    config = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_steps=2, min_ratio=0.2)
+    rates = [learning_rate(step, 6, config) for step in range(1, 7)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.8, 0.6, 0.4])
 
 
 def test_warmup_counts_a_started_step_whole_and_steps_win_over_the_ratio():
@@ -116,7 +122,7 @@ def test_an_impossible_setting_is_refused(field, value, says):
         OptimizerConfig(**{field: value})
 
 
-@pytest.mark.parametrize(("field", "value"), [("name", "sgd"), ("schedule", "linear")])
+@pytest.mark.parametrize(("field", "value"), [("name", "sgd"), ("schedule", "stepwise")])
 def test_an_unknown_choice_is_refused_from_a_file(field, value, tmp_path):
     from train.config import read_config
 

@@ -44,10 +44,10 @@ class OptimizerConfig:
     """Share of a parameter taken away at each step, times the learning rate."""
     max_grad_norm: float = 0.3
     """Gradients are scaled down to this norm where it is larger; inf never clips."""
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
     """How the rate goes on after warm-up."""
     min_ratio: float = 0.0
-    """What a cosine ends at, as a share of the learning rate."""
+    """What a cosine or a linear decay ends at, as a share of the learning rate."""
     warmup_ratio: float = 0.03
     """Share of all steps over which the rate rises linearly from 0."""
     warmup_steps: int | None = None
@@ -58,8 +58,8 @@ class OptimizerConfig:
             raise ValueError(f"the optimizer must be one of {', '.join(NAMES)}, not {self.name!r}")
         if self.allow_oversubscription and not self.name.startswith("paged-"):
             raise ValueError(f"allow_oversubscription is for paged optimizers, and {self.name} is none")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"schedule must be constant or cosine, not {self.schedule!r}")
+        if self.schedule not in ("constant", "cosine", "linear"):
+            raise ValueError(f"schedule must be constant, cosine or linear, not {self.schedule!r}")
         for field in ("learning_rate", "lora_plus_ratio", "eps"):
             value = getattr(self, field)
             if not (value > 0 and math.isfinite(value)):

@@ -8,7 +8,7 @@ from train.optimizer import OptimizerConfig
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
     """Give the rate of update number `step`, counted from 1 as in metrics.jsonl.
 
-    It rises linearly and is full at the last warm-up step. A cosine starts full and would reach its end one
+    It rises linearly and is full at the last warm-up step. A cosine or a line starts full and would reach its end one
     step after the last, so that no update is wasted on a rate of 0.
 
     >>> config = OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=2)
@@ -23,8 +23,8 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
     if config.schedule == "constant":
         return config.learning_rate
     passed = (step - 1 - warmup) / (total_steps - warmup)  # 0 to just below 1
-    share = config.min_ratio + (1 - config.min_ratio) * (1 + math.cos(math.pi * passed)) / 2
-    return config.learning_rate * share
+    share = (1 + math.cos(math.pi * passed)) / 2 if config.schedule == "cosine" else 1 - passed
+    return config.learning_rate * (config.min_ratio + (1 - config.min_ratio) * share)
 
 
 def warmup_steps(total_steps: int, config: OptimizerConfig) -> int:
