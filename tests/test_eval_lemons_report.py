@@ -10,7 +10,7 @@ import pytest
 
 from eval.lemons.checks import Checks
 from eval.lemons.family import row
-from eval.lemons.page import Sheet, as_html
+from eval.lemons.page import Sheet, as_html, marked
 from eval.lemons.report import main, read_sheet
 from models.errors import DataError
 from tests.browser import chromium
@@ -107,6 +107,11 @@ def test_in_a_failed_answer_only_what_failed_is_marked():
         "checks": vars(Checks(says=("red",), avoids=("blue",))),
     }
     assert "red and <mark>blue</mark>" in as_html([Sheet("one", [row(document, "red and blue")])])
+
+
+def test_marks_that_overlap_leave_the_text_whole():
+    assert marked("abcdef", [(3, 5), (0, 4)]) == "<mark>abcd</mark>ef"
+    assert marked("abcdef", [(4, 6), (0, 2)]) == "<mark>ab</mark>cd<mark>ef</mark>"
 
 
 def test_an_answer_that_is_missing_or_empty_is_said():
