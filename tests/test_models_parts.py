@@ -37,7 +37,8 @@ TRICKY = [
     "▁",
     "😀",
 ]
-texts = st.lists(st.sampled_from(TRICKY) | st.text(max_size=5), max_size=30).map("".join)
+tricky = st.lists(st.sampled_from(TRICKY), min_size=8, max_size=40).map("".join)
+texts = tricky | st.text()
 
 
 def pieces(more=()):
