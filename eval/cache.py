@@ -24,7 +24,6 @@ class Cache:
         self.file: sqlite3.Connection | None = None
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self.file = sqlite3.connect(path, timeout=60)
             self.file.execute("PRAGMA journal_mode = WAL")

@@ -17,12 +17,12 @@ from eval.evaluate import evaluate, limited
 from eval.examinee import UNLIMITED, Examinee
 from eval.loading import load_examinee
 from eval.progress import progress
-from eval.registry import Settings, build
+from eval.registry import Settings, build, wanted
 from eval.results import About, as_json, sanitized, table, write
 from models.checkpoint import describe
 from models.commit import git_commit
-from models.files import write_whole
-from models.target import LoadOptions, Target, resolve
+from models.files import make_directory, write_whole
+from models.target import LoadOptions, resolve
 from models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -85,10 +85,11 @@ def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
     if options.prompts is not None:
         return write_prompts(options, Path(options.prompts), console)
     began = datetime.now()
-    parts = resolve(options.target, options.load)
+    asked = wanted(options.task, options.settings)  # before the model is loaded: what is wrong is said at once
+    directory = out_directory(options)
     examinee = load_examinee(options.target, options.load, options.chat)
-    suites = build(options.task, options.settings, examinee)
-    directory = out_directory(options, parts)
+    suites = build(asked, examinee)
+    make_directory(directory)
     cache = Cache(directory / "answers.sqlite" if options.cache else None)
     limit = options.limit if options.limit is None or options.limit < 1 else int(options.limit)
     try:
@@ -115,7 +116,9 @@ def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
     return {**results, "files": [str(path) for path in paths]}
 
 
-def out_directory(options: EvalOptions, parts: Target) -> Path:
+def out_directory(options: EvalOptions) -> Path:
+    """Where results go."""
+    parts = resolve(options.target, options.load)
     if options.out is not None:
         return Path(options.out) / sanitized(Path(options.target).name or options.target)
     if parts.run is not None:
@@ -125,6 +128,7 @@ def out_directory(options: EvalOptions, parts: Target) -> Path:
 
 def write_prompts(options: EvalOptions, path: Path, console: "Console") -> dict[str, Any]:
     """The prompts of all tasks as they would be asked; of the target only the tokenizer is needed."""
+    asked = wanted(options.task, options.settings)
     parts = resolve(options.target, options.load)
     base = parts.base
     tokenizer = load_tokenizer(base)
@@ -137,7 +141,7 @@ def write_prompts(options: EvalOptions, path: Path, console: "Console") -> dict[
     )
     rows = [
         json.dumps(task.prompt(document, examinee))
-        for suite in build(options.task, options.settings, examinee)
+        for suite in build(asked, examinee)
         for task in suite.tasks
         for document in limited(task, options.limit)
     ]

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from eval.examinee import Examinee
 from eval.task import Family, Spec, Suite
-from models import ConfigError
+from models import ConfigError, DataError
 
 MODULES = (
     "eval.perplexity",
@@ -55,8 +56,17 @@ class Settings:
     seed: int = 1234
 
 
-def build(tasks: str, settings: Settings, examinee: Examinee) -> list[Suite]:
-    """The tasks that a list of names stands for, with their data read."""
+@dataclass(frozen=True)
+class Wanted:
+    """A name with what goes with it, checked as far as that can be done without data or a model."""
+
+    family: Family
+    fields: dict[str, Any]
+    """All of a Spec but the examinee."""
+
+
+def wanted(tasks: str, settings: Settings) -> list[Wanted]:
+    """What a list of names asks for."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise ConfigError("task names nothing; give one or several, with commas between them")
@@ -64,29 +74,34 @@ def build(tasks: str, settings: Settings, examinee: Examinee) -> list[Suite]:
     known = {*names, *(family.name for family in owners.values())}
     for option in ("data", "protocol", "split", "num_fewshot", "window"):
         check_names(option, getattr(settings, option), known)
+    return [Wanted(family, fields_of(name, family, settings)) for name, family in owners.items()]
 
-    suites = []
-    for name, family in owners.items():
-        who = (name, family.name)
-        protocol = chosen("protocol", settings.protocol, who)
-        split = chosen("split", settings.split, who)
-        check_choice("protocol", protocol, family.protocols, family.name)
-        check_choice("split", split, family.splits, family.name)
-        spec = Spec(
-            name=name,
-            examinee=examinee,
-            data=data_path(chosen("data", settings.data, who), family),
-            protocol=protocol,
-            split=split,
-            num_fewshot=whole("num_fewshot", chosen("num_fewshot", settings.num_fewshot, who), 0),
-            window=whole("window", chosen("window", settings.window, who), 2),
-            max_chars=settings.max_chars,
-            seed=settings.seed,
-        )
-        suites.append(family.build(spec))
+
+def fields_of(name: str, family: Family, settings: Settings) -> dict[str, Any]:
+    """The settings of one name."""
+    who = (name, family.name)
+    protocol, split = (chosen(option, getattr(settings, option), who) for option in ("protocol", "split"))
+    check_choice("protocol", protocol, family.protocols, family.name)
+    check_choice("split", split, family.splits, family.name)
+    return {
+        "name": name,
+        "data": data_path(chosen("data", settings.data, who), who),
+        "protocol": protocol,
+        "split": split,
+        "num_fewshot": whole("num_fewshot", chosen("num_fewshot", settings.num_fewshot, who), 0),
+        "window": whole("window", chosen("window", settings.window, who), 2),
+        "max_chars": settings.max_chars,
+        "seed": settings.seed,
+    }
+
+
+def build(asked: Sequence[Wanted], examinee: Examinee) -> list[Suite]:
+    """The tasks, with their data read."""
+    suites = [it.family.build(Spec(examinee=examinee, **it.fields)) for it in asked]
     twice = duplicates([task.name for suite in suites for task in suite.tasks])
     if twice:
-        raise ConfigError(f"task {tasks!r} asks for {', '.join(twice)} more than once; name each part once")
+        names = ", ".join(it.fields["name"] for it in asked)
+        raise ConfigError(f"task: {names} ask for {', '.join(twice)} more than once; name each part once")
     return suites
 
 
@@ -135,12 +150,14 @@ def whole(option: str, value: str | None, least: int) -> int | None:
     return number
 
 
-def data_path(given: str | None, family: Family) -> Path | None:
-    """The path as given, or a folder with the family's name below it, so that one folder can hold all data."""
+def data_path(given: str | None, who: Sequence[str]) -> Path | None:
+    """The path as given, or a folder below it with the task's or its family's name: one folder can hold all data."""
     if given is None:
         return None
     path = Path(given)
-    return path / family.name if (path / family.name).is_dir() else path
+    if not path.exists():
+        raise DataError(f"data: {path} does not exist")
+    return next((path / name for name in who if (path / name).is_dir()), path)
 
 
 def duplicates(names: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import kernels
-from models import T5, Llama
+from models import T5, Llama, NonFiniteError
 
 POSITIONS = 256  # whose logits are held at once
 
@@ -52,4 +52,6 @@ def token_log_probabilities(
         place, target = where[inside] - begin, wanted[inside]
         values[inside] = logits.log_softmax(dim=-1)[place, target]
         greedy[inside] = logits.argmax(dim=-1)[place] == target
+    if bool(values.isnan().any()):
+        raise NonFiniteError("some of the model's logits are no numbers; is its dtype too narrow?")
     return values.cpu(), greedy.cpu()

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from models.errors import WriteError
+
 TEMPORARY = ".*.tmp"  # what a writer that was killed in the middle leaves
 
 
@@ -19,6 +21,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and those above it, or say why there can be none."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"{directory}: cannot be made ({error.strerror}); name another place") from error
 
 
 def append_line(path: Path, line: str) -> None:

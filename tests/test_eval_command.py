@@ -15,10 +15,10 @@ import qlora
 from eval import registry
 from eval.command import EvalOptions
 from eval.examinee import Examinee
-from eval.registry import Settings, build, data_path
+from eval.registry import Settings, build, data_path, wanted
 from eval.statistics import mean_stderr, pooled_stderr
 from eval.task import Spec
-from models import ConfigError
+from models import ConfigError, DataError
 from tests import tiny, toy_tasks
 from train.config import parse
 
@@ -191,6 +191,24 @@ def test_an_unknown_task_is_refused_with_a_hint(model, tmp_path, capsys):
     assert "toy_a more than once" in err
 
 
+def test_what_is_wrong_is_said_before_the_model_is_loaded_and_nothing_is_left(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("eval.command.load_examinee", lambda *_: 1 / 0)
+    for arguments, code in (
+        (("--task", "nothing"), 2),
+        (("--task", "toy", "--protocol", "z"), 2),
+        (("--task", "toy", "--data", tmp_path / "gone"), 3),
+    ):
+        told(capsys, model, *arguments, "--out", tmp_path / "out", code=code)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_asked(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("eval.command.evaluate", lambda *_, **__: 1 / 0)
+    (tmp_path / "file").write_text("")
+    _, err = told(capsys, model, "--task", "toy", "--out", tmp_path / "file", "--no-cache", code=7)
+    assert "cannot be made" in err
+
+
 def test_settings_are_for_all_tasks_or_for_one(examinee, monkeypatch, tmp_path):
     seen = {}
 
@@ -209,7 +227,7 @@ def test_settings_are_for_all_tasks_or_for_one(examinee, monkeypatch, tmp_path):
         num_fewshot=["3", "toy_b=0"],
         window=["toy_a=7"],
     )
-    build("toy_a,toy_b", settings, examinee)
+    build(wanted("toy_a,toy_b", settings), examinee)
     assert seen["toy_a"].data == seen["toy_b"].data == tmp_path
     assert (seen["toy_a"].protocol, seen["toy_b"].protocol) == ("x", "y")
     assert (seen["toy_a"].num_fewshot, seen["toy_b"].num_fewshot) == (3, 0)
@@ -221,11 +239,12 @@ def test_settings_are_for_all_tasks_or_for_one(examinee, monkeypatch, tmp_path):
         (Settings(num_fewshot=["-1"]), "at least 0"),
         (Settings(window=["1"]), "at least 2"),
         (Settings(data=["mmlu=/there"]), "not among the tasks"),
+        (Settings(data=["/not/there"]), "data: /not/there does not exist"),
         (Settings(data=["/here", "/there"]), "write NAME=/here"),
     ]
     for settings, message in wrong:
-        with pytest.raises(ConfigError, match=message):
-            build("toy_a", settings, examinee)
+        with pytest.raises((ConfigError, DataError), match=message):
+            wanted("toy_a", settings)
 
 
 def test_a_path_with_an_equals_sign_is_a_path(examinee, tmp_path):
@@ -236,9 +255,11 @@ def test_a_path_with_an_equals_sign_is_a_path(examinee, tmp_path):
 
 def test_one_folder_can_hold_the_data_of_all(tmp_path):
     (tmp_path / "toy").mkdir()
-    assert data_path(str(tmp_path), toy_tasks.FAMILY) == tmp_path / "toy"
-    assert data_path(str(tmp_path / "toy"), toy_tasks.FAMILY) == tmp_path / "toy"
-    assert data_path(None, toy_tasks.FAMILY) is None
+    assert data_path(str(tmp_path), ("toy_a", "toy")) == tmp_path / "toy"
+    assert data_path(str(tmp_path / "toy"), ("toy_a", "toy")) == tmp_path / "toy"
+    (tmp_path / "toy_a").mkdir()
+    assert data_path(str(tmp_path), ("toy_a", "toy")) == tmp_path / "toy_a"
+    assert data_path(None, ("toy_a", "toy")) is None
 
 
 def test_options_come_from_a_file_as_well(tmp_path):

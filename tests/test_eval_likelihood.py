@@ -9,7 +9,7 @@ import models
 from eval.answering import answer_all
 from eval.examinee import Examinee
 from eval.likelihood import Likelihood, likelihood, rolling
-from models import ConfigError, DataError
+from models import ConfigError, DataError, NonFiniteError
 from tests import tiny, tiny_t5
 
 
@@ -137,6 +137,13 @@ def test_windows_predict_each_token_once_given_what_fits_before_it(examinee, len
     assert total == pytest.approx(
         sum(by_hand(examinee.model, window.context_ids, window.continuation_ids)[0] for window in windows), rel=1e-5
     )
+
+
+def test_a_model_that_gives_no_numbers_is_refused(examinee, monkeypatch):
+    head = examinee.model.head
+    monkeypatch.setattr(examinee.model, "head", lambda hidden: head(hidden) * torch.nan)
+    with pytest.raises(NonFiniteError, match="no numbers"):
+        answer_all(examinee, [likelihood(examinee, "It is", " red")])
 
 
 def test_a_text_of_nothing_has_no_probability(examinee):

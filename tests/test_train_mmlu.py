@@ -260,8 +260,15 @@ def test_impossible_settings_are_refused(more):
 
 def test_a_loss_that_is_not_finite_ends_the_run(model, data, questions, tmp_path, monkeypatch):
     finetuning = prepare(parse(RunConfig, settings(model, data, tmp_path / "run", *asking(questions))))
-    monkeypatch.setattr(finetuning.model, "head", lambda hidden: torch.full((*hidden.shape[:-1], 1403), math.nan))
-    with pytest.raises(NonFiniteError, match="the loss on MMLU after step 0 is nan"):
+
+    def certain(hidden):
+        """Logits that leave nothing to any token but the first."""
+        logits = torch.full((*hidden.shape[:-1], 1403), -math.inf)
+        logits[..., 0] = 0.0
+        return logits
+
+    monkeypatch.setattr(finetuning.model, "head", certain)
+    with pytest.raises(NonFiniteError, match="the loss on MMLU after step 0 is inf"):
         finetuning.watchers()[-1](0)
     assert lines(tmp_path / "run", "mmlu") == []
 

@@ -93,7 +93,7 @@ def examination(config: MmluConfig, tokenizer: Tokenizer, base: Description) -> 
     spec = Spec(
         name=config.task,
         examinee=examinee,
-        data=data_path(config.data, FAMILY),
+        data=data_path(config.data, (config.task, FAMILY.name)),
         split=config.split,
         num_fewshot=config.num_fewshot,
         window=config.max_len,
