@@ -309,7 +309,7 @@ def test_a_dialogue_is_shown_turn_by_turn(tmp_path, at):
 @pytest.fixture
 def long(tmp_path):
     """Answers that are longer than the window."""
-    texts = {system: "A line of an answer.\n" * 200 for system in SYSTEMS}
+    texts: dict[str, str] = dict.fromkeys(SYSTEMS, "A line of an answer.\n" * 200)
     serving = Serving(annotating.desk(annotating.files(tmp_path / "files", SYSTEMS, texts)))
     yield serving
     serving.close()
