@@ -51,7 +51,8 @@ def as_json(found: Evaluation, about: About) -> dict[str, Any]:
         **({"groups": {name: results[name] for name in found.groups}} if found.groups else {}),
         "group_subtasks": {name: list(it.group.members) for name, it in found.groups.items()},
         "configs": {name: config(outcome) for name, outcome in tasks.items()},
-        "versions": {name: outcome.task.version for name, outcome in tasks.items()},
+        "versions": {name: outcome.task.version for name, outcome in tasks.items()}
+        | {name: it.group.version for name, it in found.groups.items() if it.group.version is not None},
         "n-shot": {name: outcome.task.num_fewshot for name, outcome in tasks.items()},
         "higher_is_better": {name: better(outcome.scores) for name, outcome in tasks.items()}
         | {name: better(it.scores) for name, it in found.groups.items()},
@@ -209,9 +210,10 @@ def table(found: Evaluation) -> str:
     rows: list[tuple[str, ...]] = [head]
     for name, alias, depth, scores, _ in ordered(found):
         outcome = found.outcomes.get(name)
+        version = outcome.task.version if outcome else found.groups[name].group.version
         first: tuple[str, ...] = (
             "  " * max(depth - 1, 0) + ("- " if depth else "") + alias,
-            f"{outcome.task.version:g}" if outcome else "",
+            "" if version is None else f"{version:g}",
             FILTER if scores else "",
             str(outcome.task.num_fewshot) if outcome else "",
         )

@@ -70,6 +70,8 @@ class Group:
     alias: str = ""
     equal: bool = False
     """Every task counts the same (macro), not every document (micro)."""
+    version: float | None = None
+    """As a task's, where the way in which its members become one number has changed once."""
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,11 @@ def test_a_group_has_the_metrics_that_all_of_its_tasks_have(examinee):
 
 def test_groups_within_groups_count_each_document_once(examinee):
     tasks = [Values("a", [1.0, 1.0]), Values("b", [0.0]), Values("c", [0.0])]
-    groups = [Group("in", ("a", "b")), Group("out", ("in", "b", "c"))]
+    groups = [Group("in", ("a", "b")), Group("out", ("in", "b", "c"), version=2)]
     result = found(examinee, tasks, groups)
     assert result.groups["out"].tasks == ("a", "b", "c")
     assert result.groups["out"].scores["acc"].value == pytest.approx(2 / 4)
+    assert as_json(result, ABOUT)["versions"] == {"a": 1, "b": 1, "c": 1, "out": 2}
     lines = table(result).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:] if line.split("|")[1].strip()] == [
         "out",

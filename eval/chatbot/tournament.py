@@ -86,9 +86,9 @@ def command(options: TournamentOptions, console: "Console") -> dict[str, Any]:
         "turned": read.turned,
         "warnings": warnings,
     }
+    files = [] if options.out is None else write_report(report, Path(options.out))
     print_report(report, console)
-    if options.out is not None:
-        files = write_report(report, Path(options.out))
+    if files:
         console.print(f"wrote {len(files)} files to {options.out}", markup=False)
     return report
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from eval.mmlu.protocols import PROTOCOLS, SHOTS
+from eval.mmlu.protocols import PROTOCOLS, SHOTS, Protocol
 from eval.mmlu.questions import SPLITS, read_prompts, read_questions
 from eval.mmlu.subjects import GROUPS, NAMES, SUBJECTS, subjects_of
 from eval.mmlu.task import Prompts, Questions, Subject, answer_lengths
@@ -24,7 +24,7 @@ def build(spec: Spec) -> Suite:
         raise DataError(f"data: {spec.data} does not exist; {spec.name} needs {LAYOUT}")
     protocol = spec.protocol or ("qlora" if spec.data.is_file() else next(iter(PROTOCOLS)))
     tasks = (ready if spec.data.is_file() else published)(spec, spec.data, protocol)
-    return Suite(tasks, groups(spec.name, PROTOCOLS[protocol].macro))
+    return Suite(tasks, groups(spec.name, PROTOCOLS[protocol]))
 
 
 def published(spec: Spec, directory: Path, protocol: str) -> list[Subject]:
@@ -65,21 +65,23 @@ def ready(spec: Spec, file: Path, protocol: str) -> list[Subject]:
     return [Prompts(subject, prompts[subject], *how) for subject in subjects]
 
 
-def groups(name: str, macro: bool) -> list[Group]:
+def groups(name: str, protocol: Protocol) -> list[Group]:
     """The groups of a name; the last one has the mean that the protocol does not take, over questions or subjects."""
     subjects = subjects_of(name)
     if len(subjects) == 1:
         return []
+    how = {"equal": protocol.macro, "version": protocol.version}
     members = tuple(f"mmlu_{subject}" for subject in subjects)
     if name == "mmlu":
         inner = [
-            Group(f"mmlu_{part}", tuple(f"mmlu_{it}" for it, of in SUBJECTS.items() if of == part), alias, macro)
+            Group(f"mmlu_{part}", tuple(f"mmlu_{it}" for it, of in SUBJECTS.items() if of == part), alias, **how)
             for part, alias in GROUPS.items()
         ]
-        top = Group("mmlu", tuple(group.name for group in inner), equal=macro)
+        top = Group("mmlu", tuple(group.name for group in inner), **how)
     else:
-        inner, top = [], Group(name, members, GROUPS[name.removeprefix("mmlu_")], macro)
-    return [top, *inner, Group(f"{name}_{'micro' if macro else 'macro'}", members, equal=not macro)]
+        inner, top = [], Group(name, members, GROUPS[name.removeprefix("mmlu_")], **how)
+    other = Group(f"{name}_{'micro' if protocol.macro else 'macro'}", members, equal=not protocol.macro)
+    return [top, *inner, other]
 
 
 FAMILY = Family(

@@ -32,19 +32,23 @@ class Protocol:
     """Where the questions come from, if nobody says."""
     macro: bool
     """The score of several subjects is the mean of theirs, not that over all questions."""
+    version: float | None
+    """Of the score of several subjects, in the harness."""
     loss: bool
     """The answer's loss is measured too, with the end-of-text token that training puts behind it."""
 
 
 PROTOCOLS = {
     "harness": Protocol(
-        spaces=1, strip=True, drops=False, keep="end", tokens=None, split="test", macro=False, loss=False
+        spaces=1, strip=True, drops=False, keep="end", tokens=None, split="test", macro=False, version=2, loss=False
     ),
     "hendrycks": Protocol(
-        spaces=2, strip=False, drops=True, keep="end", tokens=None, split="test", macro=False, loss=False
+        spaces=2, strip=False, drops=True, keep="end", tokens=None, split="test", macro=False, version=None, loss=False
     ),
     # The paper's files of prompts were cut to 2,048 tokens when they were made; its script cuts again, on the right.
-    "qlora": Protocol(spaces=2, strip=False, drops=True, keep="start", tokens=2048, split="val", macro=True, loss=True),
+    "qlora": Protocol(
+        spaces=2, strip=False, drops=True, keep="start", tokens=2048, split="val", macro=True, version=None, loss=True
+    ),
 }
 
 
