@@ -1,6 +1,11 @@
 """Shapes in signatures are checked while the tests run, and hypothesis gives the same cases every time."""
 
 import os
+import signal
+
+# A shell's background jobs ignore Ctrl-C, and so would every program that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests run side by side, and the programs that they start as well: each on one core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
