@@ -58,6 +58,28 @@ def test_a_request_says_what_the_release_said_and_the_reply_is_kept_word_for_wor
     assert (key, reply) == ("key 0", Reply(" Both.\n\n3\n", details))
 
 
+def test_a_model_that_has_another_name_for_the_limit_is_asked_by_that_name():
+    said = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+    def answer(request, number):
+        return Answer(status=400, body=error(said)) if "max_tokens" in request else Answer("fine")
+
+    with chat_server(answer) as server:
+        assert len(list(ask(server, 3, max_tokens=77, retries=0))) == 3
+    assert ["max_tokens" in request for request in server.requests] == [True, False, False, False]
+    assert all(request["max_completion_tokens"] == 77 for request in server.requests[1:])
+
+
+def test_a_server_that_knows_neither_name_is_not_asked_for_ever():
+    said = "Neither max_tokens nor max_completion_tokens is known."
+    with (
+        chat_server(lambda request, number: Answer(status=400, body=error(said))) as server,
+        pytest.raises(ConfigError, match="Neither"),
+    ):
+        list(ask(server))
+    assert len(server.requests) == 2
+
+
 def test_a_rate_limit_is_waited_out_as_long_as_the_server_says():
     with chat_server(in_turn(Answer(status=429, headers={"Retry-After": "0.4"}, body=error("slow down")))) as server:
         began = time.monotonic()

@@ -24,6 +24,7 @@ from models.errors import Refusal, ServiceError
 
 PASSING = {408, 409, 425, 429}  # of the statuses below 500, those that are worth another try
 LONGEST_WAIT = 600.0  # seconds; a server that asks for more is left alone
+LIMITS = ("max_tokens", "max_completion_tokens")  # the field's name for most servers, and for some of OpenAI's models
 BACKOFF = (1.0, 60.0)  # seconds before the second try, doubled each time up to the other
 
 
@@ -61,6 +62,7 @@ class Endpoint:
         self.base_url, self.key = base_url, key or "none"
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.stopped = threading.Event()
+        self.limit = LIMITS[0]
         self.not_before = 0.0  # on the monotonic clock; a rate limit is for all requests
         self.client: Any = None
 
@@ -129,13 +131,18 @@ class Endpoint:
         import openai
 
         messages: Any = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
+        limit = self.limit
+        settings = {limit if name == LIMITS[0] else name: value for name, value in self.settings.items()}
         try:
-            raw = self.client.chat.completions.with_raw_response.create(messages=messages, **self.settings)
+            raw = self.client.chat.completions.with_raw_response.create(messages=messages, **settings)
         except openai.APITimeoutError as error:
             raise Fault(f"{self.client.base_url} has not answered within {self.timeout:g} s") from error
         except openai.APIConnectionError as error:
             raise Fault(f"{self.client.base_url} cannot be reached ({error.__cause__ or error})") from error
         except openai.APIStatusError as error:
+            if error.status_code == 400 and limit == LIMITS[0] and LIMITS[1] in error.response.text:
+                self.limit = LIMITS[1]
+                return self.once(prompt)
             raise self.refused(error.status_code, error.response.headers, error.response.text, error.body) from error
         return read_reply(raw.http_response.text)
 
