@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import models
-from benchmarks.provenance import provenance
+from benchmarks.tables import finish
 from benchmarks.timing import interleaved, stopwatch
 from models import LoraConfig, attach_lora
 from models.config import LlamaConfig
@@ -173,13 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the result; benchmarks/results/data-cpu.json is kept")
     options = parser.parse_args(argv)
     tables = measure(options.records, options.lengths, options.texts, options.repeats)
-    for rows in tables.values():
-        for row in rows:
-            shown = {name: f"{value:,.4g}" if isinstance(value, float) else value for name, value in row.items()}
-            print("  ".join(f"{name} {value}" for name, value in shown.items()))
-    if options.out:
-        result = {"benchmark": "data", **provenance("cpu"), **tables}
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    finish("data", tables, options.out)
     return 0
 
 

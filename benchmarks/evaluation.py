@@ -7,7 +7,6 @@ perplexity with a few positions' logits at a time against a whole batch's.
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 
 import models
 from benchmarks.data import SMALL
-from benchmarks.provenance import provenance
+from benchmarks.tables import finish
 from benchmarks.timing import interleaved
 from eval.answering import answer_all
 from eval.chatbot.elo import elo, matches_of
@@ -142,13 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the result; benchmarks/results/evaluation-cpu.json is kept")
     options = parser.parse_args(argv)
     tables = measure(options.scale, options.repeats)
-    for rows in tables.values():
-        for row in rows:
-            shown = {name: f"{value:,.4g}" if isinstance(value, float) else value for name, value in row.items()}
-            print("  ".join(f"{name} {value}" for name, value in shown.items()))
-    if options.out:
-        result = {"benchmark": "evaluation", **provenance("cpu"), **tables}
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    finish("evaluation", tables, options.out)
     return 0
 
 
