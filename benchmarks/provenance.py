@@ -4,15 +4,13 @@ import datetime
 import importlib.metadata
 import importlib.util
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from models.commit import git_commit
 from train.doctor import devices
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "bitsandbytes")
 
 
@@ -23,23 +21,10 @@ def provenance(device: str, commit: str | None = None) -> dict[str, Any]:
         "machine": devices(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": commit or commit_here(),
+        "commit": commit or git_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
 def version(package: str) -> str | None:
     return importlib.metadata.version(package) if importlib.util.find_spec(package) else None
-
-
-def commit_here() -> str | None:
-    """The commit of this tree, marked when files differ from it; None outside of git."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -14,13 +14,12 @@ from eval.answering import BatchSize
 from eval.chatbot.answers import row_id, system_name
 from eval.chatbot.journal import Journal
 from eval.chatbot.questions import read_questions
-from eval.chatbot.sampled import Settings, refuse_other_settings, write_answers
+from eval.chatbot.sampled import Settings, write_answers
 from eval.loading import load_examinee
 from eval.progress import progress
-from models import ConfigError, Sampling, render_chat
+from models import ConfigError, Sampling
 from models.llama import causal
-from models.t5 import T5
-from models.target import LoadOptions, load_target
+from models.target import LoadOptions
 from models.writing import answer, say
 
 if TYPE_CHECKING:
@@ -105,19 +104,17 @@ def command(options: GenerateOptions, console: "Console") -> dict[str, Any]:
 def write_on(options: GenerateOptions, console: "Console") -> dict[str, Any]:
     """The text after one prompt, shown as it comes."""
     assert options.prompt is not None
-    model, tokenizer = load_target(options.target, options.load)
+    examinee = load_examinee(options.target, options.load, options.chat)
     if options.chat:
-        causal(model, "chat")
-        ids, _ = render_chat(tokenizer, [{"role": "user", "content": options.prompt}], add_generation_prompt=True)
-    elif isinstance(model, T5):
-        ids = tokenizer.encode(options.prompt, eos=True)  # as every text was that its encoder was trained on
-    else:
-        ids = tokenizer.encode(options.prompt, bos=tokenizer.adds_bos)
+        causal(examinee.model, "chat")
+    ids = examinee.prompted(options.prompt)
     if not ids:
         raise ConfigError("generate: the prompt is empty, and this tokenizer has no id to begin a text with")
     beams = {"num_beams": options.num_beams, "length_penalty": options.length_penalty}
     room = 128 if options.max_new_tokens is None else options.max_new_tokens
-    parts = answer(model, tokenizer, ids, room, options.sampling.over(Sampling()), options.seed, **beams)
+    parts = answer(
+        examinee.model, examinee.tokenizer, ids, room, options.sampling.over(Sampling()), options.seed, **beams
+    )
     text = say(parts, console)
     return {"target": options.target, "prompt": options.prompt, "text": text}
 
@@ -142,7 +139,7 @@ def answer_questions(options: GenerateOptions, console: "Console") -> dict[str, 
     requests = {question.id: settings.request(examinee, question) for question in questions}
     journal = Journal(path, key=row_id)
     try:
-        refuse_other_settings(journal, settings)
+        journal.refuse_others(settings.record)
         missing = [question for question in questions if question.id not in journal.rows]
         with progress(console, "answering") as show:
             write_answers(examinee, missing, requests, settings, options.batch_size, journal, show)

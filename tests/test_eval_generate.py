@@ -111,7 +111,7 @@ def test_answers_made_otherwise_are_not_mixed_in(model, questions, tmp_path, cap
     out = tmp_path / "a.jsonl"
     generated(capsys, model, questions, out, "--limit", 2)
     err = generated(capsys, model, questions, out, "--sampling.temperature", 0, code=3)
-    assert "made with temperature 0.7, and now it is 0.0; name another file, or remove this one" in err
+    assert "made with temperature 0.7, and now it is 0.0; name another place, or remove the file" in err
     other = tiny_t5.checkpoint(tmp_path / "t5", **tiny_t5.V1_1)
     assert "made with model" in generated(capsys, other, questions, out, code=3)
     assert generated(capsys, model, questions, out)["answered"] == 2
@@ -192,6 +192,15 @@ def test_what_does_not_go_together_is_refused(given, message):
         GenerateOptions(target="m", **given)
     with pytest.raises(ValueError, match=r"top_p is 0\.0"):
         SamplingOptions(top_p=0.0)
+
+
+def test_an_empty_prompt_is_gone_on_from_the_id_that_begins_a_text(model, capsys):
+    flags = ["--max-new-tokens", "6", "--load.dtype", "float32", "--load.device", "cpu", "--json"]
+    assert qlora.main(["generate", str(model), "--prompt", "", *flags]) == 0
+    loaded, tokenizer = models.load(model, dtype=torch.float32), models.load_tokenizer(model)
+    assert tokenizer.bos_token_id is not None
+    expected = "".join(answer(loaded, tokenizer, [tokenizer.bos_token_id], 6))
+    assert json.loads(capsys.readouterr().out)["text"].strip() == expected.strip() != ""
 
 
 def test_a_window_too_small_for_the_answer_is_refused(model, questions, tmp_path, capsys):

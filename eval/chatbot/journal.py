@@ -7,7 +7,7 @@ the finished file does not tell in which order they came.
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,17 @@ class Journal:
                     raise DataError(
                         f"{self.path}:{number}: is not a row that this command wrote; remove the file, or name another"
                     ) from error
+
+    def refuse_others(self, settings: Mapping[str, Any]) -> None:
+        """What was made in another way, as the rows' metadata say, must not be mixed with what is to come."""
+        for row in self.rows.values():
+            made = row.get("metadata", {})
+            for name, value in settings.items():
+                if made.get(name) != value:
+                    raise DataError(
+                        f"{self.path}: holds rows that were made with {name} {made.get(name)!r}, and now it is "
+                        f"{value!r}; name another place, or remove the file"
+                    )
 
     def append(self, row: Record) -> None:
         self.append_line(json.dumps(row))

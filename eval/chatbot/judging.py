@@ -48,20 +48,14 @@ class PairFile:
         self.path = directory / f"{first.system}-vs-{second.system}-{judge}-reviewer{suffix}.jsonl"
         self.journal = Journal(self.path, key=row_id)
         try:
-            self.refuse_others()
+            self.journal.refuse_others(self.settings)
+            self.refuse_other_answers()
         except BaseException:
             self.journal.close()
             raise
 
-    def refuse_others(self) -> None:
+    def refuse_other_answers(self) -> None:
         for id, row in self.journal.rows.items():
-            made = row.get("metadata", {})
-            for name, value in self.settings.items():
-                if made.get(name) != value:
-                    raise DataError(
-                        f"{self.path}: holds ratings that were made with {name} {made.get(name)!r}, and now it is "
-                        f"{value!r}; give another --out, or remove the file"
-                    )
             if id in self.questions and row.get("answer1_id") != self.first.ids[id]:
                 raise self.other_answer(id, self.first)
             if id in self.questions and row.get("answer2_id") != self.second.ids[id]:

@@ -19,7 +19,7 @@ from eval.examinee import Examinee
 from eval.generation import Generate, generation
 from eval.progress import Show
 from eval.request import Request
-from models import DataError, Sampling, render_chat
+from models import Sampling, render_chat
 
 TURN = "### Human:"  # where a model goes on to write the user's next turn, its answer has ended
 
@@ -94,15 +94,3 @@ def write_answers(
             journal.append(settings.row(question, requests[question.id], text))
         known += len(fresh)
         show(known, len(requests))
-
-
-def refuse_other_settings(journal: Journal, settings: Settings) -> None:
-    """Answers made in another way must not be mixed with new ones."""
-    for row in journal.rows.values():
-        made = row.get("metadata", {})
-        for name, value in settings.record.items():
-            if made.get(name) != value:
-                raise DataError(
-                    f"{journal.path}: holds answers that were made with {name} {made.get(name)!r}, and now it is "
-                    f"{value!r}; name another file, or remove this one"
-                )
