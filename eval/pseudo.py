@@ -15,7 +15,7 @@ import torch
 
 from eval.examinee import Examinee
 from eval.likelihood import padded
-from eval.scoring import POSITIONS
+from eval.scoring import POSITIONS, refuse_nan
 from models import ConfigError, DataError
 from models.roberta import Roberta
 from models.roberta_heads import MaskedHead
@@ -99,7 +99,9 @@ def totals(examinee: Examinee, requests: Sequence[PseudoLikelihood]) -> list[flo
         targets = torch.tensor([requests[number].ids[place] for number, place in some], device=model.device)
         each = torch.arange(len(some), device=model.device)
         logits = head(model.hidden(ids, there)[each, places], model.embedding.weight).float()  # (copies, V)
-        for (number, _), value in zip(some, logits.log_softmax(dim=-1)[each, targets].tolist(), strict=True):
+        values = logits.log_softmax(dim=-1)[each, targets]
+        refuse_nan(values)
+        for (number, _), value in zip(some, values.tolist(), strict=True):
             found[number].append(value)
     return [math.fsum(values) for values in found]
 

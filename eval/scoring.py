@@ -52,6 +52,11 @@ def token_log_probabilities(
         place, target = where[inside] - begin, wanted[inside]
         values[inside] = logits.log_softmax(dim=-1)[place, target]
         greedy[inside] = logits.argmax(dim=-1)[place] == target
+    refuse_nan(values)
+    return values.cpu(), greedy.cpu()
+
+
+def refuse_nan(values: Float[Tensor, "..."]) -> None:
+    """A model whose logits are no numbers is refused: its answers would still be sorted and counted."""
     if bool(values.isnan().any()):
         raise NonFiniteError("some of the model's logits are no numbers; is its dtype too narrow?")
-    return values.cpu(), greedy.cpu()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import models
 from eval.answering import answer_all
 from eval.pseudo import common, masked_model, pseudo_likelihoods
-from models import ConfigError, DataError
+from models import ConfigError, DataError, NonFiniteError
 from tests import tiny, tiny_roberta
 from tests.examining import examinee
 from tests.golden import GOLDEN
@@ -106,6 +106,13 @@ def test_only_a_model_with_a_head_that_fills_masks_is_asked(who, tmp_path):
         answer_all(labels, pseudo_likelihoods(who, "A C", "A D"))
     with pytest.raises(ConfigError, match=r"need a masked language model \(RoBERTa\), not Llama"):
         masked_model(examinee(tiny.checkpoint(tmp_path / "causal")))
+
+
+def test_a_model_that_gives_no_numbers_is_refused(who, monkeypatch):
+    hidden = who.model.hidden
+    monkeypatch.setattr(who.model, "hidden", lambda *inputs: hidden(*inputs) * torch.nan)
+    with pytest.raises(NonFiniteError, match="no numbers"):
+        answer_all(who, asked(who))
 
 
 def test_what_cannot_be_masked_is_refused(who, tmp_path):
