@@ -5,6 +5,7 @@ carry adapters is said by their class: `models.linear.Linear` for those of the b
 embeddings, norms and heads, which stay in 16 bits.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,6 +52,8 @@ class Model(nn.Module):
     """Layers that other readers build as the head, dense in 4-bit files even where it is the embedding itself."""
     always_dense: tuple[str, ...] = ()
     """Leaf names of block linears that other readers of 4-bit files never take in 4 bits."""
+    entries: tuple[str, ...] = ("loss",)
+    """Methods that run the network from outside, beside forward: shared weights are put together around them."""
     fresh_head: bool = False
     """Does a head start from random weights, because the checkpoint has none?"""
     attachment: Any = None
@@ -116,3 +119,8 @@ class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gradient_checkpointing = False
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The blocks in the order in which they run."""
+        raise NotImplementedError

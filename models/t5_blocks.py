@@ -167,6 +167,10 @@ class Blocks(Stack):
         self.block = nn.ModuleList(Block(config, is_decoder, has_positions=i == 0) for i in range(count))
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.block
+
     def forward(
         self,
         x: Float[Tensor, "B U D"],

@@ -7,7 +7,7 @@ labels in data/manifest.json.
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,8 @@ from models.device import pick_device, pick_dtype
 from models.errors import CheckpointError
 from models.labelled import HEADS, load_labelled
 from models.model import Model
+from models.parallel import world
+from models.parallel.shard import ShardConfig, shard
 from models.readers import read_json
 from models.tokenizer import Tokenizer, load_tokenizer
 from nf4 import QuantConfig
@@ -40,6 +42,10 @@ class LoadOptions:
     """Compute in auto, bfloat16, float16 or float32; auto is bfloat16 where the device multiplies it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: ddp gives each the whole model, fsdp a share of it."""
+    fsdp: ShardConfig = ShardConfig()
+    """How a model is shared."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ def load_parts(parts: Target, options: LoadOptions, dtype: torch.dtype, device: 
         model = load(parts.base, parts.quant, dtype, device, options.head, options.num_labels)
     if parts.adapter is not None:
         load_adapter(model, parts.adapter)
+    if world.size() > 1 and options.distributed == "fsdp":
+        shard(model, device, options.fsdp)
     return model.eval()
 
 

@@ -1,0 +1,108 @@
+"""The processes that work on one job, and the few small things that they tell each other.
+
+A process that was started alone is a world of one: everything here then answers at once and without torch.distributed,
+so that callers need not ask. With more, they are those that torchrun (or `--nproc`) started, known by the environment
+that it sets. What is said here is small and goes over the CPU, whatever the model is on: counts, decisions, refusals.
+
+Every function but the first three has to be called by all processes in the same order.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if joined() else 0
+
+
+def size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if joined() else 1
+
+
+def is_main() -> bool:
+    """Is this the process that writes files and talks?"""
+    return rank() == 0
+
+
+def joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def launched() -> int:
+    """How many processes the launcher that started this one said there are; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def world(device: torch.device | str, timeout: float = 600.0) -> Iterator[torch.device]:
+    """Be one of the processes that the launcher started, and give the device of this one.
+
+    They meet on entering and wait for each other on leaving in good order. `timeout` is how many seconds any of them
+    waits for the others in one collective. Alone, nothing happens.
+    """
+    device = torch.device(device)
+    if launched() == 1 or joined():
+        yield device
+        return
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield device
+        dist.barrier()  # whoever leaves first would take the connections with it
+    finally:
+        dist.destroy_process_group()
+
+
+def sums(*numbers: float) -> tuple[float, ...]:
+    """Each number summed over the processes, in float64."""
+    return reduced(numbers, dist.ReduceOp.SUM)
+
+
+def most(*numbers: float) -> tuple[float, ...]:
+    """The largest that any process has, of each number."""
+    return reduced(numbers, dist.ReduceOp.MAX)
+
+
+def reduced(numbers: tuple[float, ...], how: dist.ReduceOp.RedOpType) -> tuple[float, ...]:
+    if size() == 1:
+        return numbers
+    values = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(values, how)
+    return tuple(values.tolist())
+
+
+def from_main(value: T) -> T:
+    """What the main process has."""
+    if size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def from_all(value: T) -> list[T]:
+    """What each process has, by rank."""
+    if size() == 1:
+        return [value]
+    found: list[T | None] = [None] * size()
+    dist.all_gather_object(found, value)
+    return found  # pyrefly: ignore[bad-return]
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if size() > 1:
+        dist.barrier()
