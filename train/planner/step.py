@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from models.architectures import build
 from models.checkpoint import linear_weights, place
 from models.errors import ConfigError
 from models.model import Model
+from models.parallel.shard import ShardConfig
 from models.t5 import T5
 from models.whole import train_whole
 from nf4 import QuantConfig, QuantizedTensor, code_bits
@@ -57,18 +58,33 @@ class Job:
     """Tokens of each example, of an encoder's text where there are two."""
     target_len: int = 128
     """Tokens that a decoder writes."""
+    processes: int = 1
+    """Each with a device of its own."""
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """Whether each has the whole model, or a share."""
+    fsdp: ShardConfig = field(default_factory=ShardConfig)
+    """How it is shared."""
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of a step that one process has at most."""
+        return -(-self.accumulation // self.processes)
+
+    @property
+    def shared(self) -> bool:
+        """Whether a process has a share of the model only."""
+        return self.processes > 1 and self.distributed == "fsdp"
 
 
 @dataclass
 class Stepper:
     """A model that is ready to train, with its optimizer."""
 
+    job: Job
     model: Model
     parameters: dict[str, nn.Parameter]
     optimizer: FusedOptimizer
     batch: Batch
-    adapted: bool
-    """Whether adapters are trained, on a base that is frozen."""
 
     def step(self, micro_batches: int) -> None:
         """A step as any but the first, which also looks at the values of gradients, and here there may be none."""
@@ -89,16 +105,14 @@ def prepared(job: Job, device: torch.device) -> Stepper:
     model.gradient_checkpointing = job.gradient_checkpointing
     model.train()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return Stepper(
-        model, parameters, make_optimizer(parameters, job.optimizer), batch_for(model, job), job.lora is not None
-    )
+    return Stepper(job, model, parameters, make_optimizer(parameters, job.optimizer), batch_for(model, job))
 
 
-def steps_taken(stepper: Stepper, accumulation: int, between: Callable[[], None] = lambda: None) -> None:
+def steps_taken(stepper: Stepper, between: Callable[[], None] = lambda: None) -> None:
     """Take the step that makes the states, call `between`, and take the step that is planned."""
     stepper.step(1)
     between()
-    stepper.step(min(accumulation, 2))
+    stepper.step(min(stepper.job.rounds, 2))
 
 
 def assembled(job: Job, device: torch.device) -> Model:
