@@ -5,7 +5,7 @@ its adapters, of which parts start from random numbers; the result read back aft
 itself done.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from train.data.glue import measures
 from train.loop import TrainResult, Watcher, train
 from train.mmlu import MmluWatcher, examination
 from train.planner.advice import advised
-from train.planner.choose import choose
 from train.recipe import RunConfig
 from train.run import Run
 from train.samples import sampler
@@ -141,7 +140,6 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     asked = examination(config.mmlu, tokenizer, base)
     opened = run or create(config, data, tokenizer, device)
     with opened, advised(config, data.manifest["longest"]):
-        config = replace(config, distributed=choose(config, data.manifest["longest"], device))
         seed_everything(config.seed)
         model = trainable_model(config, planned.labels, device)
         model.gradient_checkpointing = config.gradient_checkpointing
