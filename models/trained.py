@@ -16,6 +16,7 @@ from models.adapter import save_adapter
 from models.errors import CheckpointError
 from models.lora import attached
 from models.model import Model
+from models.parallel.shares import put
 from models.peft_names import released_name
 from models.readers import Reader, RenamedReader, SafetensorsReader, open_files
 from models.tied_head import tied_heads
@@ -74,7 +75,7 @@ def restore_trained(model: Model, directory: str | Path) -> None:
             where = reader.where(name)
             raise CheckpointError(f"{where}: {name} holds NaN or infinity; the training that made it failed")
     for name, parameter in parameters.items():
-        parameter.copy_(reader.read(name))
+        put(parameter, reader.read(name))
 
 
 def trained_reader(model: Model, directory: Path) -> Reader:

@@ -2,12 +2,12 @@
 
 The order matters: data first, because its mistakes are the commonest and cheapest to find; seeds before the model and
 its adapters, of which parts start from random numbers; the result read back after it is written, before the run calls
-itself done.
+itself done. Several processes do all of it alike, and one of them writes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,8 @@ from models.checkpoint import Description, describe
 from models.device import pick_device, pick_dtype
 from models.fingerprint import fingerprint
 from models.labelled import HEADS, labelling, load_labelled
+from models.parallel import shares, world
+from models.parallel.shard import shard
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.trained import save_model
 from models.whole import train_every_weight
@@ -29,7 +31,7 @@ from train.loop import TrainResult, Watcher, train
 from train.mmlu import MmluWatcher, examination
 from train.planner.advice import advised
 from train.recipe import RunConfig
-from train.run import Run
+from train.run import Follower, Run
 from train.samples import sampler
 from train.seed import seed_everything
 from train.snapshot import room
@@ -86,7 +88,7 @@ class Finetuning:
         )
         begin = how.get("begin")
         start = begin.state.step if begin else 0
-        board = tensorboard(self.run, start, on=config.tensorboard)
+        board = tensorboard(self.run, start, on=config.tensorboard and world.is_main())
         with self.run, room(self.run), advised(config, self.data.manifest["longest"]), board:
             result = train(
                 self.model,
@@ -114,11 +116,14 @@ class Finetuning:
 
     def save(self) -> None:
         """Write the adapter, or the whole model with its tokenizer."""
-        if self.config.adapters:
-            save_adapter(self.model, self.result)
-        else:
-            save_model(self.model, self.result)
-            save_tokenizer(self.tokenizer, self.result)
+        with shares.whole(self.model):
+            if not world.is_main():
+                return
+            if self.config.adapters:
+                save_adapter(self.model, self.result)
+            else:
+                save_model(self.model, self.result)
+                save_tokenizer(self.tokenizer, self.result)
 
 
 def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
@@ -141,9 +146,17 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     opened = run or create(config, data, tokenizer, device)
     with opened, advised(config, data.manifest["longest"]):
         seed_everything(config.seed)
-        model = trainable_model(config, planned.labels, device)
+        decided = replace(config, distributed=way(config) or "auto")
+        model = trainable_model(decided, planned.labels, device)
         model.gradient_checkpointing = config.gradient_checkpointing
     return Finetuning(config, model, tokenizer, data, opened, asked)
+
+
+def way(config: RunConfig) -> Literal["ddp", "fsdp"] | None:
+    """How several processes share the work; None for one."""
+    if world.size() == 1:
+        return None
+    return "ddp" if config.distributed == "auto" else config.distributed
 
 
 def check_length(data: Dataset, base: Description, batch_tokens: int | None) -> None:
@@ -159,10 +172,16 @@ def check_length(data: Dataset, base: Description, batch_tokens: int | None) -> 
 
 def create(config: RunConfig, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> Run:
     """A new directory, with what is trained on in it."""
+    directory = world.from_main(config.directory())  # its name may have the time in it
+    if not world.is_main():
+        world.barrier()
+        return Follower(directory)
     hashes, base = {data.manifest["file"]: data.manifest["sha256"]}, fingerprint(config.model)
-    run = Run.create(config.directory(), config, overwrite=config.overwrite, device=device, data=hashes, base=base)
+    given: dict[str, Any] = {"device": device, "data": hashes, "base": base, "distributed": way(config)}
+    run = Run.create(directory, config, overwrite=config.overwrite, **given)
     with run, room(run):
         run.write_data(data.manifest, preview(data.train, tokenizer))
+    world.barrier()
     return run
 
 
@@ -182,4 +201,6 @@ def trainable_model(config: RunConfig, labels: tuple[str, ...], device: torch.de
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.distributed == "fsdp" and world.size() > 1:
+        shard(model, device, config.fsdp)
     return model

@@ -5,9 +5,12 @@ smaller, or empty. A shared parameter is torch's DTensor: its shape is that of t
 tensor of the rows that are here. Everything else is whole on every process, and is its own share.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from models.parallel import world
@@ -60,3 +63,23 @@ def collected(tensor: Tensor) -> Tensor | None:
         elif part.numel():
             dist.recv(part, src=rank)
     return whole
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """A time in which the main process has all that is trained whole, in the CPU's memory, and can save it as ever."""
+    places = [
+        (module, leaf, parameter)
+        for module in model.modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if is_shared(parameter) and parameter.requires_grad
+    ]
+    others = [collected(parameter) for _, _, parameter in places]
+    for (module, leaf, _), other in zip(places, others, strict=True):
+        if other is not None:
+            setattr(module, leaf, nn.Parameter(other))
+    try:
+        yield
+    finally:
+        for module, leaf, parameter in places:
+            setattr(module, leaf, parameter)

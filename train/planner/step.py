@@ -27,6 +27,7 @@ from nf4 import QuantConfig, QuantizedTensor, code_bits
 from train.data.batches import Batch
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.paged.fused import FusedOptimizer
+from train.passes import Passes
 from train.step import update
 
 NORM = 0.3
@@ -88,7 +89,7 @@ class Stepper:
 
     def step(self, micro_batches: int) -> None:
         """A step as any but the first, which also looks at the values of gradients, and here there may be none."""
-        update(self.model, self.parameters, self.optimizer, [self.batch] * micro_batches, 2, NORM)
+        update(Passes(self.model), self.optimizer, [self.batch] * micro_batches, 2, NORM)
 
 
 def prepared(job: Job, device: torch.device) -> Stepper:
