@@ -11,17 +11,18 @@ from train.planner.gpus import Gpu
 from train.planner.jobs import job_of
 from train.planner.plan import plan
 
-Way = Literal["ddp", "fsdp"]
+Way = Literal["auto", "ddp", "fsdp"]
 
 
 def choose(config: Any, longest: int, device: torch.device) -> Way:
     """What `distributed = "auto"` is for a run on the processes that there are: ddp where every device holds a step.
 
-    `longest` is the data's longest text in tokens. The smallest device decides, and the main process for all of them,
-    so that they agree; all have to ask. A choice that the config has made is given back.
+    `longest` is the data's longest text in tokens. The device with the least room decides, and the main process for
+    all of them, so that they agree; all have to ask. What is decided already stays, and alone there is nothing to
+    decide.
     """
     if config.distributed != "auto" or world.size() == 1:
-        return "fsdp" if config.distributed == "fsdp" else "ddp"
+        return config.distributed
     (missing,) = world.most(-available(device))
     way: Way = "ddp"
     if world.is_main():

@@ -21,11 +21,11 @@ from kernels.planned import in_backward
 from models.linear import NF4Linear
 from models.model import Stack
 from models.precision import ADAPTERS, Parts, part_of, parts_in_memory
-from train.optimizer import PAGED
+from train.optimizer import PAGED, make_optimizer
 from train.planner.gpus import Gpu
 from train.planner.layers import layers_of, with_layers
 from train.planner.ledger import KEPT, WORK, Ledger, Segment
-from train.planner.sharing import GATHERED, GRADIENTS, SENT, SharedStepper
+from train.planner.sharing import GATHERED, GRADIENTS, SENT, SharedPasses, Sharing
 from train.planner.simulation import DECODED, LOGITS, simulated
 from train.planner.step import Job, Stepper, prepared, steps_taken
 from train.planner.traffic import Traffic
@@ -132,27 +132,29 @@ def run_through(job: Job, kind: str) -> Run:
         job = replace(job, optimizer=replace(job.optimizer, name=unpaged, allow_oversubscription=False))
     with simulated(kind) as ledger:
         stepper = prepared(job, torch.device("meta"))
+        model, parameters = stepper.model, stepper.passes.parameters
         label_model(ledger, stepper)
-        follow(ledger, stepper.model)
-        base = parts_in_memory(stepper.model)
-        trained = sum(p.numel() for p in stepper.parameters.values())
-        gradients = sum(p.nbytes for p in stepper.parameters.values())
+        follow(ledger, model)
+        base = parts_in_memory(model)
+        trained = sum(p.numel() for p in parameters.values())
+        sharing, buckets = None, 0
         if job.shared:
-            stepper = SharedStepper.of(stepper, ledger, kind)
+            sharing = Sharing(ledger, model, job, kind)
+            stepper.passes = SharedPasses(model, sharing)
+            stepper.optimizer = make_optimizer(stepper.passes.moved, job.optimizer)
+        elif job.processes > 1:  # DistributedDataParallel sums gradients in memory of its own
+            buckets = sum(p.nbytes for p in parameters.values())
+            copies = torch.empty(buckets, dtype=torch.uint8, device="meta")
+            ledger.relabel([copies], BUCKETS)
         stepper.optimizer.register_step_pre_hook(lambda *_: ledger.enter(("update",)))
-        buckets = None
-        if job.processes > 1 and not job.shared:
-            ledger.label = BUCKETS
-            buckets = torch.empty(gradients, dtype=torch.uint8, device="meta")
-            ledger.label = None
 
         def begin() -> None:
             store = stepper.optimizer.store
             assert store is not None
             states = store.memory.tensor(0, (1,), torch.uint8)
             ledger.relabel([states], STATES)
-            if isinstance(stepper, SharedStepper):
-                stepper.sharing.settle(states)
+            if sharing is not None:
+                sharing.begin(states)
             ledger.begin(("start",))
 
         steps_taken(stepper, begin)
@@ -165,11 +167,9 @@ def run_through(job: Job, kind: str) -> Run:
             parts = ledger.parts(segment)
             if placed not in segments or parts.total() > segments[placed].total():
                 segments[placed] = parts
-        host = Counter[str]()
-        traffic = Traffic(job.processes, job.rounds, all_reduced=0 if buckets is None else buckets.nbytes)
-        if isinstance(stepper, SharedStepper):
-            host, traffic = stepper.sharing.host, stepper.sharing.traffic(job.rounds)
-        return Run(segments, base, trained, host, traffic)
+        if sharing is not None:
+            return Run(segments, base, trained, sharing.host, sharing.traffic(job.rounds))
+        return Run(segments, base, trained, Counter(), Traffic(job.processes, job.rounds, all_reduced=buckets))
 
 
 def label_model(ledger: Ledger, stepper: Stepper) -> None:
@@ -185,7 +185,7 @@ def label_model(ledger: Ledger, stepper: Stepper) -> None:
                 label = TRAINED
         ledger.relabel([parameter], label)
     ledger.relabel(model.buffers(), SCALES)
-    for parameter in stepper.parameters.values():
+    for parameter in stepper.passes.parameters.values():
         parameter.register_post_accumulate_grad_hook(
             lambda p: ledger.relabel([] if p.grad is None else [p.grad], GRADIENTS)
         )

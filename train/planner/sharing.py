@@ -22,16 +22,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.planned import in_backward
+from models.model import Model
 from models.parallel.shard import units
-from train.optimizer import make_optimizer
+from train.data.batches import Batch
+from train.passes import Passes
 from train.planner.ledger import Ledger
-from train.planner.step import Stepper
+from train.planner.step import Job
 from train.planner.traffic import Traffic
 
 GRADIENTS = "gradients"
@@ -39,23 +42,17 @@ GATHERED = "gathered"
 SENT = "sent"
 
 
-@dataclass
-class SharedStepper(Stepper):
-    """A stepper of which a process has its share: the optimizer is over shares."""
+class SharedPasses(Passes):
+    """Passes of a process that has its share: the optimizer moves shares."""
 
-    sharing: "Sharing"
+    def __init__(self, model: Model, sharing: "Sharing") -> None:
+        super().__init__(model)
+        self.sharing = sharing
+        self.moved = {name: sharing.share_of[parameter] for name, parameter in self.parameters.items()}
 
-    @classmethod
-    def of(cls, stepper: Stepper, ledger: Ledger, kind: str) -> "SharedStepper":
-        """The same with the parts that FSDP2 would have; its model takes them from now on."""
-        sharing = Sharing(ledger, stepper, kind)
-        shares = sharing.shares
-        optimizer = make_optimizer(shares, stepper.job.optimizer)
-        return cls(stepper.job, stepper.model, shares, optimizer, stepper.batch, sharing)
-
-    def step(self, micro_batches: int) -> None:
-        self.sharing.begin(micro_batches)
-        super().step(micro_batches)
+    def backward(self, batch: Batch, weight: float, last: bool) -> Tensor:
+        self.sharing.last = last
+        return super().backward(batch, weight, last)
 
 
 class Shared:
@@ -117,41 +114,33 @@ class Unit:
 class Sharing:
     """FSDP2's part in the steps of one process."""
 
-    def __init__(self, ledger: Ledger, stepper: Stepper, kind: str) -> None:
-        job = stepper.job
+    def __init__(self, ledger: Ledger, model: Model, job: Job, kind: str) -> None:
         self.ledger, self.kind, self.processes = ledger, kind, job.processes
         self.offload = job.fsdp.cpu_offload and kind == "cuda"
-        self.dtype = stepper.model.dtype if job.fsdp.mixed_precision else None
         self.sums = torch.float32 if job.fsdp.mixed_precision else None
         self.host: Counter[str] = Counter()
-        self.rounds = self.left = 1
+        self.sizes: Counter[str] = Counter()
+        self.share_of: dict[Tensor, nn.Parameter] = {}
+        self.units: list[Unit] = []
         self.ran: list[Unit] = []
         self.copied_out: Tensor | None = None
         self.leaving: Tensor | None = None
-        self.queued = False
-        self.sizes: Counter[str] = Counter()
-        self.shares: dict[str, nn.Parameter] = {}
+        self.last, self.queued = True, False
 
-        names = {p: name for name, p in stepper.model.named_parameters()}
-        trained = set(stepper.parameters.values())
-        self.units: list[Unit] = []
-        for module in [*units(stepper.model), stepper.model]:
-            unit = Unit([])
-            for parameter in [p for p in module.parameters() if p in names]:
-                name = names.pop(parameter)
-                shared = Shared(ledger, parameter, self.processes, self.dtype)
-                unit.parameters.append(shared)
-                if parameter in trained:
-                    self.shares[name] = shared.share
-                if self.offload:
-                    self.to_host(shared.share)
+        dtype = model.dtype if job.fsdp.mixed_precision else None
+        for module in [*units(model), model]:
+            own = [p for p in module.parameters() if p not in self.share_of]
+            unit = Unit([Shared(ledger, parameter, self.processes, dtype) for parameter in own])
+            self.share_of |= {parameter.whole: parameter.share for parameter in unit.parameters}
             self.units.append(unit)
-            if module is not stepper.model:
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs, u=unit: self.enter(u, args, kwargs), with_kwargs=True
-                )
-                module.register_forward_hook(lambda _, args, output, u=unit: self.leave(u, output))
-        root, plain = self.units[-1], stepper.model.loss
+            if module is not model:
+                module.register_forward_pre_hook(partial(self.enter_module, unit), with_kwargs=True)
+                module.register_forward_hook(partial(self.leave_module, unit))
+        if self.offload:
+            for share in self.share_of.values():
+                self.to_host(share)
+        self.root = root = self.units[-1]
+        plain = model.loss
 
         def loss(**inputs: Any) -> Tensor:
             self.enter(root, (), {})
@@ -159,13 +148,7 @@ class Sharing:
             self.leave(root, made)
             return made
 
-        self.root = root
-        stepper.model.loss = loss  # pyrefly: ignore[bad-assignment]
-
-    def settle(self, states: Tensor) -> None:
-        """The optimizer has its states, and what steps made before on the host is there."""
-        if self.offload:
-            self.to_host(states)
+        model.loss = loss  # pyrefly: ignore[bad-assignment]
 
     def to_host(self, tensor: Tensor) -> None:
         """Let a tensor be in the CPU's memory."""
@@ -174,15 +157,16 @@ class Sharing:
             self.host[str(entry.label)] += entry.nbytes
             self.ledger.resize(tensor, 0, entry.label)
 
-    def begin(self, rounds: int) -> None:
-        """A step of so many micro-batches begins, and the gradients of the one before are gone."""
-        self.rounds = self.left = rounds
+    def begin(self, states: Tensor) -> None:
+        """The step that is planned begins: the optimizer has its states, and what was sent before is forgotten."""
         self.sizes.clear()
-        del self.host[GRADIENTS]
+        if self.offload:
+            del self.host[GRADIENTS]  # those of the step before
+            self.to_host(states)
 
     def traffic(self, rounds: int) -> Traffic:
-        """What is sent in a step of so many micro-batches, by what the one that was gone through sent."""
-        forward, backward = (self.sizes[when] // self.rounds for when in ("forward", "backward"))
+        """What is sent in a step of so many micro-batches, by what was sent in the one that was gone through."""
+        forward, backward = (self.sizes[when] // self.sizes["rounds"] for when in ("forward", "backward"))
         return Traffic(self.processes, rounds, forward, backward, self.sizes["reduced"], 0)
 
     @contextmanager
@@ -194,6 +178,12 @@ class Sharing:
             self.ledger.label = before
 
     # Forward
+
+    def enter_module(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.enter(unit, args, kwargs)
+
+    def leave_module(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
+        self.leave(unit, output)
 
     def enter(self, unit: Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if in_backward():  # computed again, and whole already
@@ -274,7 +264,7 @@ class Sharing:
     def after_backward(self, unit: Unit) -> None:
         unit.when = "after"
         self.let_go(unit)
-        if self.left > 1:
+        if not self.last:
             for parameter in unit.parameters:
                 parameter.keep_gradient(self.sums)
             return
@@ -311,7 +301,7 @@ class Sharing:
             unit.buffer = None
         self.ran.clear()
         self.leaving = None
-        self.left -= 1
+        self.sizes["rounds"] += 1
 
 
 class Passed(torch.autograd.Function):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import kernels
 from models import LoraConfig, attach_lora
@@ -20,14 +20,14 @@ from models.architectures import build
 from models.checkpoint import linear_weights, place
 from models.errors import ConfigError
 from models.model import Model
-from models.parallel.shard import ShardConfig
+from models.parallel.shard import ShardConfig, shard
 from models.t5 import T5
 from models.whole import train_whole
 from nf4 import QuantConfig, QuantizedTensor, code_bits
 from train.data.batches import Batch
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.paged.fused import FusedOptimizer
-from train.passes import Passes
+from train.passes import Passes, passes_of
 from train.step import update
 
 NORM = 0.3
@@ -83,17 +83,20 @@ class Stepper:
 
     job: Job
     model: Model
-    parameters: dict[str, nn.Parameter]
+    passes: Passes
     optimizer: FusedOptimizer
     batch: Batch
 
     def step(self, micro_batches: int) -> None:
         """A step as any but the first, which also looks at the values of gradients, and here there may be none."""
-        update(Passes(self.model), self.optimizer, [self.batch] * micro_batches, 2, NORM)
+        update(self.passes, self.optimizer, [self.batch] * micro_batches, 2, NORM)
 
 
 def prepared(job: Job, device: torch.device) -> Stepper:
-    """The model with its adapters, and its optimizer, which has no states yet."""
+    """The model with its adapters, and its optimizer, which has no states yet.
+
+    Several processes that are there share it. One that plans has it whole, and makes it shared by itself.
+    """
     model = assembled(job, device)
     model.requires_grad_(False)
     if job.lora is None:
@@ -105,8 +108,11 @@ def prepared(job: Job, device: torch.device) -> Stepper:
             raise ConfigError(str(error)) from error
     model.gradient_checkpointing = job.gradient_checkpointing
     model.train()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return Stepper(job, model, parameters, make_optimizer(parameters, job.optimizer), batch_for(model, job))
+    batch = batch_for(model, job)
+    if job.shared and device.type != "meta":
+        shard(model, device, job.fsdp)
+    passes = passes_of(model)
+    return Stepper(job, model, passes, make_optimizer(passes.moved, job.optimizer), batch)
 
 
 def steps_taken(stepper: Stepper, between: Callable[[], None] = lambda: None) -> None:
