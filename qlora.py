@@ -67,14 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    from models.parallel.failure import end_if_one_of_several, watched
+    from models.parallel.failure import end_if_broken, watched
 
     try:
         with watched(partial(tell, name, "--json" in arguments)):
             return work(name, arguments)
     except BaseException as error:
         code = exit_code(error)
-        end_if_one_of_several(error, code)
+        end_if_broken(error, code)
         if code is None:
             raise
         return code

@@ -23,7 +23,7 @@ from models.checkpoint import describe
 from models.commit import git_commit
 from models.files import make_directory, write_whole
 from models.parallel.launch import Processes
-from models.parallel.world import TIMEOUT
+from models.parallel.watch import TIMEOUT
 from models.target import LoadOptions, resolve
 from models.tokenizer import load_tokenizer
 

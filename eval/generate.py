@@ -20,7 +20,7 @@ from eval.progress import progress
 from models import ConfigError, Sampling
 from models.llama import causal
 from models.parallel.launch import Processes
-from models.parallel.world import TIMEOUT
+from models.parallel.watch import TIMEOUT
 from models.target import LoadOptions
 from models.writing import answer, say
 

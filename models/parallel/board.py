@@ -4,6 +4,7 @@ It works while a collective hangs and after a process has died, for it needs nei
 others' help. Nothing here waits: a note is there or it is not.
 
     here RANK     where the process runs, and its id there
+    begins RANK   it is about to join the others
     doing RANK    what it does
     waits RANK    in which collective it has given up waiting
     left RANK     it has come to its end in good order

@@ -25,28 +25,30 @@ def watched(tell: Tell | None = None) -> Iterator[Watch | None]:
     A process that was started alone has nothing to watch (None), and tells its own errors.
     """
     global current
-    if launched() == 1 or current is not None:
-        try:
-            yield current
-        except BaseException as error:
-            if tell is not None:
-                tell(error)
-            raise
-        return
-    current = watch = Watch(tell)
+    mine = None
     try:
-        yield watch
-        watch.leave()
+        if current is None and launched() > 1:
+            current = mine = Watch(tell)
+        yield current
+        if mine is not None:
+            mine.leave()
     except BaseException as error:
-        try:
-            watch.leave_alone() if is_in_order(error) else watch.give_up(error)
-        except dist.DistError:  # the launcher is gone, and nobody else is left to say it
-            if tell is not None:
-                tell(error)
+        if (mine is None or not settled(mine, error)) and tell is not None:
+            tell(error)
         raise
     finally:
-        watch.close()
-        current = None
+        if mine is not None:
+            mine.close()
+            current = None
+
+
+def settled(watch: Watch, error: BaseException) -> bool:
+    """Come to an end because of an error, together with the others; False if nobody is there any more to do so with."""
+    try:
+        watch.leave_alone() if is_in_order(error) else watch.give_up(error)
+    except dist.DistError:
+        return False
+    return True
 
 
 @contextmanager
@@ -89,12 +91,12 @@ def last_words(hook: Tell) -> Iterator[None]:
         watch.hooks.remove(hook)
 
 
-def end_if_one_of_several(error: BaseException, code: int | None) -> None:
-    """End a process whose job has failed with an exit code, or else with what Python would make of the error.
+def end_if_broken(error: BaseException, code: int | None) -> None:
+    """End a process of a job that has failed, with an exit code, or else as Python would end it for the error.
 
     It ends without the usual clearing up, in which a broken process group waits for the others in vain.
     """
-    if launched() == 1 or is_in_order(error):
+    if not dist.is_initialized() or is_in_order(error):
         return
     if code is None:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from models.device import pick_device
 from models.errors import ConfigError, PeerError
-from models.parallel import world
+from models.parallel import watch, world
 from models.parallel.board import Board, Failure, launched, launched_as
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -41,7 +41,7 @@ class Processes:
     """--nproc."""
     device: str
     """As the user names it; auto is a GPU if there is one."""
-    timeout: float = world.TIMEOUT
+    timeout: float = watch.TIMEOUT
     """Seconds that a process waits for the others."""
 
     def __post_init__(self) -> None:
@@ -153,8 +153,8 @@ def wait(ranks: Sequence[subprocess.Popen], board: Board) -> list[int]:
     while any(process.poll() is None for process in ranks):
         time.sleep(POLL)
         for rank, process in enumerate(ranks):
-            if process.poll() and failed_at is None and board.read("left", rank) is None:
-                board.fail(Failure(rank, f"process {rank} {ended(process.returncode)}"))
+            if process.poll() and failed_at is None and (board.failure() or board.read("left", rank) is None):
+                board.fail(Failure(rank, f"process {rank} {ended(process.returncode)}"))  # unless it has said so itself
                 failed_at = time.monotonic()
         failed_for = 0.0 if failed_at is None else time.monotonic() - failed_at
         for number, after in ((signal.SIGTERM, ALONE), (signal.SIGKILL, ALONE + STUBBORN)):

@@ -29,6 +29,8 @@ from models.parallel.collectives import collective, is_late, is_of_collective, s
 
 Tell = Callable[[BaseException], None]
 
+TIMEOUT = 600.0
+"""Seconds that a process waits for the others, unless it is told."""
 BEAT = 0.5
 """Seconds between two looks at the board."""
 SAME = 1.5
@@ -47,8 +49,7 @@ class Watch:
         self.rank, self.size = board.launched_as(), board.launched()
         self.board = Board(board.reach(server=self.rank == 0), self.size)
         self.tell = tell
-        self.timeout = 600.0
-        """Seconds that a process waits for the others."""
+        self.timeout = TIMEOUT
         self.doing = ""
         """What this process does, in words."""
         self.shown = ""
@@ -72,7 +73,7 @@ class Watch:
 
     def close(self) -> None:
         self.stop.set()
-        self.thread.join()
+        self.thread.join(PATIENCE)  # it may wait for a store that is gone
 
     # The thread
 
@@ -174,8 +175,9 @@ class Watch:
     # The main thread
 
     def gather(self) -> None:
-        """Wait until all processes are here."""
-        self.wait_for("here", "the start")
+        """Wait until all processes are about to begin."""
+        self.board.note("begins", self.rank)
+        self.wait_for("begins", "the start")
         self.look_around()
 
     def wait_for(self, note: str, what: str) -> None:
@@ -196,7 +198,8 @@ class Watch:
         try:
             failure = self.news() or self.reason(error, where)
         except dist.DistError:
-            return PeerError(f"the launcher is gone, and other processes with it, in {where}")
+            keeper = "the launcher" if board.kept_by_launcher() else "process 0"
+            return PeerError(f"{keeper} is gone, and with it the store in which processes meet; noticed in {where}")
         return PeerError(failure.text)
 
     def reason(self, error: BaseException, where: str) -> Failure:
@@ -261,7 +264,7 @@ def in_words(error: BaseException) -> str:
         return f"ended with exit code {error.code}"
     if isinstance(error, KeyboardInterrupt):
         return "was interrupted"
-    text = str(error).strip()
+    text = "\n".join([str(error).strip(), *getattr(error, "__notes__", ())])
     return f"failed: {text}" if isinstance(error, Refusal) else f"failed: {type(error).__name__}: {text}".rstrip(": ")
 
 

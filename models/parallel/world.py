@@ -20,9 +20,8 @@ from models.parallel.board import launched, launched_as, number, reach
 from models.parallel.failure import doing as doing
 from models.parallel.failure import last_words as last_words
 from models.parallel.failure import watched
+from models.parallel.watch import TIMEOUT
 
-TIMEOUT = 600.0
-"""Seconds that a process waits for the others, unless it is told."""
 T = TypeVar("T")
 
 
