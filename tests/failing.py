@@ -117,10 +117,13 @@ def stuck() -> None:
     """As in a GPU's collective: it does not come back when another process is gone."""
     from models.parallel import world
 
-    def hook(error: BaseException) -> None:
+    def fails(error: BaseException) -> None:
+        raise ZeroDivisionError("in a hook")
+
+    def speaks(error: BaseException) -> None:
         print(f"last words: {error}", file=sys.stderr)
 
-    with world.last_words(lambda error: 1 / 0), world.last_words(hook):
+    with world.last_words(speaks), world.last_words(fails):  # the last one comes first
         time.sleep(60)
 
 

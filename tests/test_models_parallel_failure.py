@@ -105,8 +105,8 @@ def test_a_process_that_is_stuck_has_last_words_and_is_ended(jobs, other):
     ended = jobs.run("stuck", other)
     [(_, text)] = told(ended)
     assert ended["codes"][0] == 9
-    assert f"last words: {text}" in ended["said"][0]  # though a later hook has failed
-    assert "ZeroDivisionError: division by zero" in ended["said"][0]
+    assert f"last words: {text}" in ended["said"][0]  # though another hook has failed
+    assert "ZeroDivisionError: in a hook" in ended["said"][0]
     assert ended["seconds"] < SOON
 
 
