@@ -66,6 +66,7 @@ class Watch:
         self.has_told = False
         self.leaving = False
         """Does the main thread know that this process ends?"""
+        self.has_left = False
         self.stop = threading.Event()
         self.board.note("here", self.rank, board.address())
         self.thread = threading.Thread(target=self.look, name="watch", daemon=True)
@@ -228,9 +229,12 @@ class Watch:
         return self.report(self.rank, what, missing)
 
     def leave(self) -> None:
-        """Come to an end in good order, together with the others."""
+        """Come to an end in good order, together with the others; once that is done, there is nothing to add."""
+        if self.has_left:
+            return
         self.leaving = True
         self.board.note("left", self.rank)
+        self.has_left = True
         try:
             self.wait_for("left", "the end")
         except dist.DistError:
