@@ -268,7 +268,7 @@ def check(results: list[dict[str, Any]], name: str) -> None:
 
 @pytest.fixture(scope="module")
 def two():
-    return together(shared, 2, list(CASES), 2, True)
+    return together(shared, 2, list(CASES), 2, True, timeout=300)
 
 
 def test_two_processes_have_the_loss_and_the_gradients_of_one_and_leave_the_base_as_it_is(two):
@@ -278,7 +278,7 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one_and_leave_the_base
 
 def test_shares_may_be_empty():
     names = ["llama with adapters of rank 1", "t5, recomputed, its table trained", "roberta with classes"]
-    results = together(shared, 3, names, 3)
+    results = together(shared, 3, names, 3, timeout=300)
     for name in names:
         check(results, name)
 
