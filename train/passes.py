@@ -10,6 +10,7 @@ last pass are whole on every process, also under FSDP: four bytes for every trai
 for adapters and as much as the weights where all of them are trained. (With one round in a step nothing waits.)
 """
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -73,7 +74,7 @@ class Replicated(Passes):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         refuse_another_start(model)
-        self.wrapped = DistributedDataParallel(Loss(model), init_sync=False, broadcast_buffers=False)
+        self.wrapped = DistributedDataParallel(Loss(model, self.parameters.values()))
         self.wrapped.register_comm_hook(None, summed)
 
     def backward(self, batch: Batch, weight: float, last: bool) -> Tensor:
@@ -118,14 +119,19 @@ class Sharded(Passes):
 
 
 class Loss(nn.Module):
-    """A model whose forward is its loss, since that is what DistributedDataParallel calls."""
+    """A model as DistributedDataParallel is to know it: what is trained, and the loss for forward.
 
-    def __init__(self, model: nn.Module) -> None:
+    All else in the model is not its business. It would send the base from process to process, and its scales with every
+    pass.
+    """
+
+    def __init__(self, model: Any, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
-        self.model = model
+        self.trained = nn.ParameterList(parameters)
+        self.loss = model.loss  # a method of it, and thus no module in this one
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        return self.model.loss(**inputs)  # pyrefly: ignore[not-callable]
+        return self.loss(**inputs)
 
 
 def summed(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
