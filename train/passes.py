@@ -17,8 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from models.errors import CheckpointError, ConfigError
 from models.parallel import shares, world
@@ -72,6 +70,8 @@ class Replicated(Passes):
     kind = "ddp"
 
     def __init__(self, model: Any) -> None:
+        from torch.nn.parallel import DistributedDataParallel  # as FSDP below, a second of imports for several only
+
         super().__init__(model)
         refuse_another_start(model)
         self.wrapped = DistributedDataParallel(Loss(model, self.parameters.values()))
@@ -94,6 +94,8 @@ class Sharded(Passes):
     kind = "fsdp"
 
     def __init__(self, model: Any) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
         for unit in model.modules():  # FSDP may still move shares when it first puts them together
             if isinstance(unit, FSDPModule):
                 unit.unshard()
@@ -144,7 +146,7 @@ def passes_of(model: Any) -> Passes:
     """The way that fits: alone, with shares if the model is shared, else with a copy for each process."""
     if world.size() == 1:
         return Passes(model)
-    return Sharded(model) if isinstance(model, FSDPModule) else Replicated(model)
+    return Sharded(model) if any(map(shares.is_shared, model.parameters())) else Replicated(model)
 
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:
