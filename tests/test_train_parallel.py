@@ -108,7 +108,9 @@ def main(both):
 
 
 def metrics(run: Path, split="train"):
-    return [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line["split"] == split]
+    return [
+        line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line["split"] == split
+    ]
 
 
 def assert_alike(run: Path, other: Path, rel=1e-5, start=0):

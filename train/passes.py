@@ -35,7 +35,7 @@ class Passes:
         """What is trained, as the model has it, by name."""
         self.moved: dict[str, nn.Parameter] = self.parameters
         """What the optimizer of this process moves: plain tensors over the same memory, this process's part of each."""
-        self.device = next(iter(self.parameters.values())).device
+        self.device = shares.home(next(iter(self.parameters.values())))
         """Where batches go."""
 
     def backward(self, batch: Batch, weight: float, last: bool) -> Tensor:
@@ -70,7 +70,7 @@ class Replicated(Passes):
     kind = "ddp"
 
     def __init__(self, model: Any) -> None:
-        from torch.nn.parallel import DistributedDataParallel  # as FSDP below, a second of imports for several only
+        from torch.nn.parallel import DistributedDataParallel  # imports that one process need not wait for
 
         super().__init__(model)
         refuse_another_start(model)
@@ -94,17 +94,9 @@ class Sharded(Passes):
     kind = "fsdp"
 
     def __init__(self, model: Any) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        for unit in model.modules():  # FSDP may still move shares when it first puts them together
-            if isinstance(unit, FSDPModule):
-                unit.unshard()
-                unit.reshard()
+        shares.let_go(model)  # after an evaluation some weights are still put together
         super().__init__(model)
         self.moved = {name: nn.Parameter(shares.local(p.detach())) for name, p in self.parameters.items()}
-        mesh = next(p.device_mesh for p in self.parameters.values() if shares.is_shared(p))  # pyrefly: ignore
-        on_gpu = mesh.device_type == "cuda"  # shares may be in the CPU's memory
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
 
     def backward(self, batch: Batch, weight: float, last: bool) -> Tensor:
         self.model.set_requires_gradient_sync(last)
@@ -146,7 +138,7 @@ def passes_of(model: Any) -> Passes:
     """The way that fits: alone, with shares if the model is shared, else with a copy for each process."""
     if world.size() == 1:
         return Passes(model)
-    return Sharded(model) if any(map(shares.is_shared, model.parameters())) else Replicated(model)
+    return Sharded(model) if shares.any_shared(model) else Replicated(model)
 
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:

@@ -20,6 +20,7 @@ from models.errors import ConfigError
 from models.files import TEMPORARY
 from models.fingerprint import fingerprint
 from models.parallel import world
+from models.parallel.agreement import agreed
 from models.parallel.shard import ShardConfig
 from train.config import read_config
 from train.finetune import introduce, outcome
@@ -65,7 +66,8 @@ class ResumeOptions:
 
 
 def command(options: ResumeOptions, console: "Console") -> dict[str, Any]:
-    run = run_class().reopen(options.run)
+    with agreed():
+        run = run_class().reopen(options.run)
     with run.untouched():
         config = settings(run, options)
         remove_leftovers(run)
