@@ -4,28 +4,30 @@ Everything that two processes do is done in one start of them, and everything th
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from processes import together
 from safetensors.torch import load_file
-from training import commands
 
 import models
+from models.readers import SafetensorsReader
 from tests import tiny
+from tests.processes import together
+from tests.training import commands
 from train.checkpoint import checkpoints
 
 # 7 rows in micro-batches of two, three to a step: two whole ones and one that is cut, of two rows or of one; then a
 # step of one micro-batch. The gradient's norm is far above the 0.3 at which it is clipped; blocks are recomputed.
 SETTINGS = (
-    "--max-steps 4 --batch-size 2 --accumulation 3 --save-steps 1 --keep-checkpoints 9 --lora.rank 3 --lora.dropout 0 "
+    "--max-steps 4 --batch-size 2 --accumulation 3 --keep-checkpoints 9 --lora.rank 3 --lora.dropout 0 "
     "--dtype float32 --device cpu --optimizer.learning-rate 5e-3 --data.eval-size 2 --quiet"
 )
 DEALT = ("--batch-size", "1", "--accumulation", "2", "--lora.dropout", "0.3", "--data.eval-size", "1")  # 8 rows
-FSDP = ("--distributed", "fsdp")
-DDP = ("--distributed", "ddp")
-OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "lion")
+FSDP, DDP = ("--distributed", "fsdp"), ("--distributed", "ddp")
+EVERY, SHORT, EIGHT = ("--save-steps", "1"), ("--max-steps", "2"), ("--optimizer.name", "adamw-8bit")
+OPTIMIZERS = ("paged-adamw-8bit", "lion")
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +53,12 @@ def go_on(folder, name, *more):
 @pytest.fixture(scope="module")
 def alone(folder, flags):
     """What one process makes."""
-    short = ("--max-steps", "2")
     jobs = {
-        "one": ("train", flags("one")),
+        "one": ("train", flags("one", *EVERY)),
         "one dealt": ("train", flags("one-dealt", *DEALT)),
-        "one 8bit": ("train", flags("one-8bit", "--optimizer.name", "adamw-8bit")),
-        "one to two": ("train", flags("one-to-two", *short)),
-        "one to two 8bit": ("train", flags("one-to-two-8bit", *short, "--optimizer.name", "adamw-8bit")),
+        "one 8bit": ("train", flags("one-8bit", *EIGHT)),
+        "one to two": ("train", flags("one-to-two", *SHORT)),
+        "one to two 8bit": ("train", flags("one-to-two-8bit", *SHORT, *EIGHT)),
     }
     return dict(zip(jobs, commands(list(jobs.values())), strict=True))
 
@@ -72,34 +73,44 @@ def token(folder):
 @pytest.fixture(scope="module")
 def both(folder, flags, alone, token):
     """What each of two processes makes, by rank."""
-    short, held_out = ("--max-steps", "2"), ("--data.eval-size", "0")
+    nothing = ("--data.eval-size", "0")
     jobs = {
-        "ddp": ("train", flags("ddp", *DDP), ("base kept",)),
-        "fsdp": ("train", flags("fsdp", *FSDP), ("base kept",)),
+        "ddp": ("train", flags("ddp", *DDP, *EVERY), ("base kept",)),
+        "fsdp": ("train", flags("fsdp", *FSDP, *EVERY), ("base kept",)),
         "ddp dealt": ("train", flags("ddp-dealt", *DDP, *DEALT)),
         "fsdp dealt": ("train", flags("fsdp-dealt", *FSDP, *DEALT)),
         "rank 1": ("train", flags("rank-1", *FSDP, "--lora.rank", "1")),
-        "two to one": ("train", flags("two-to-one", *FSDP, *short)),
-        "two to one 8bit": ("train", flags("two-to-one-8bit", *FSDP, *short, "--optimizer.name", "adamw-8bit")),
+        "two": ("train", flags("two", *FSDP, *SHORT)),
+        "two 8bit": ("train", flags("two-8bit", *FSDP, *SHORT, *EIGHT)),
         "one to two": go_on(folder, "one-to-two", *FSDP),
         "one to two 8bit": go_on(folder, "one-to-two-8bit", *FSDP),
-        "ddp to fsdp": ("train", flags("ddp-to-fsdp", *DDP, *short)),
+        "ddp to fsdp": ("train", flags("ddp-to-fsdp", *DDP, *SHORT)),
         "ddp to fsdp on": go_on(folder, "ddp-to-fsdp", *FSDP),
         "signal": ("train", flags("signal", *FSDP), ("sigterm", 2)),
         "signal on": go_on(folder, "signal"),
-        "request": ("train", flags("request", *DDP, "--save-steps", "0"), ("request", 2, folder / "request")),
-        "poison": ("train", flags("poison", *FSDP, *held_out, "--no-dry-step"), ("poison", token)),
-        "poison ddp": ("train", flags("poison-ddp", *DDP, *held_out, "--no-dry-step"), ("poison", token)),
+        "request": ("train", flags("request", *DDP), ("request", 2, folder / "request")),
+        "poison": ("train", flags("poison", *FSDP, *nothing, "--no-dry-step"), ("poison", token)),
+        "poison ddp": ("train", flags("poison-ddp", *DDP, *nothing, "--no-dry-step"), ("poison", token)),
         "other": ("train", flags("other"), ("another base", "model.layers.1.mlp.up_proj.weight")),
         "done": go_on(folder, "fsdp"),
+        "there": ("train", flags("fsdp", *FSDP)),
     }
     for name in OPTIMIZERS:
-        with_it = (*FSDP, *held_out, "--optimizer.name", name)
+        with_it = (*FSDP, *nothing, "--optimizer.name", name)
         jobs[f"whole {name}"] = ("train", flags(f"whole-{name}", *with_it))
         jobs[f"stopped {name}"] = ("train", flags(f"stopped-{name}", *with_it), ("sigterm", 2))
         jobs[f"stopped {name} on"] = go_on(folder, f"stopped-{name}")
     by_rank = together(commands, 2, list(jobs.values()), timeout=240)
+    for name in ("two", "two-8bit"):
+        for other in ("one", "three"):
+            shutil.copytree(folder / name, folder / f"{name}-to-{other}")
     return [dict(zip(jobs, made, strict=True)) for made in by_rank]
+
+
+@pytest.fixture(scope="module")
+def three(folder, both):
+    """What each of three processes makes of what two began."""
+    return together(commands, 3, [go_on(folder, "two-to-three"), go_on(folder, "two-8bit-to-three")], timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +119,8 @@ def main(both):
 
 
 def metrics(run: Path, split="train"):
-    return [
-        line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line["split"] == split
-    ]
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line.pop("split") == split]
 
 
 def assert_alike(run: Path, other: Path, rel=1e-5, start=0):
@@ -162,8 +172,6 @@ def test_both_processes_say_the_same_of_a_run(both):
             one.pop(varies)
             two.pop(varies)
         assert one == two
-    whole, share = (both[0][way]["result"]["optimizer"]["state_bytes"] for way in ("ddp", "fsdp"))
-    assert share < whole
 
 
 def test_only_the_main_process_writes(both):
@@ -186,45 +194,62 @@ def test_env_json_says_how_many_processes_there_were_and_in_which_way(folder, al
 # Going on
 
 
+SAME = ("metrics.jsonl", "adapter/adapter_model.safetensors", "checkpoints/step-000004/optimizer.safetensors")
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_processes_go_on_bit_for_bit(folder, main, name):
-    whole, stopped = folder / f"whole-{name}", folder / f"stopped-{name}"
     assert main[f"stopped {name}"]["exit"] == 143
-    assert (whole / "metrics.jsonl").read_bytes() == (stopped / "metrics.jsonl").read_bytes()
-    for path in ("adapter/adapter_model.safetensors", "checkpoints/step-000004/optimizer.safetensors"):
-        assert (whole / path).read_bytes() == (stopped / path).read_bytes(), path
-    assert (stopped / "STATUS").read_text() == "done\n"
-
-
-def test_what_one_process_began_two_go_on_with_and_the_other_way_round(folder, alone, main):
-    (back, coded) = commands([go_on(folder, "two-to-one"), go_on(folder, "two-to-one-8bit")])
-    assert back["error"] is coded["error"] is None
-    for name in ("one-to-two", "two-to-one", "ddp-to-fsdp"):
-        assert (folder / name / "STATUS").read_text() == "done\n"
-        assert_alike(folder / name, folder / "one", start=3)
-    # 8-bit states lie in other blocks, and are rounded in others
-    for name in ("one-to-two-8bit", "two-to-one-8bit"):
-        assert_alike(folder / name, folder / "one-8bit", rel=2e-2, start=3)
-    assert "processes was 2 and is 1" in (folder / "two-to-one" / "log.txt").read_text()
-
-
-def test_the_file_of_states_is_that_of_one_process_but_for_blocks_of_eight_bits(folder, alone, main):
-    one, two = (
-        load_file(folder / name / "checkpoints" / "step-000002" / "optimizer.safetensors") for name in ("one", "fsdp")
-    )
-    assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in two.items()}
-    assert (folder / "ddp-to-fsdp/checkpoints/step-000001/optimizer.safetensors").read_bytes()[8:50] == (
-        folder / "one/checkpoints/step-000001/optimizer.safetensors"
-    ).read_bytes()[8:50]
-
-
-# Agreeing
+    assert_same(folder / f"whole-{name}", folder / f"stopped-{name}")
 
 
 def test_a_signal_to_one_process_stops_both_after_the_step_with_a_checkpoint(folder, both):
     assert [made["signal"]["exit"] for made in both] == [143, 143]
-    assert both[0]["signal on"]["result"]["steps"] == 4
-    assert_alike(folder / "signal", folder / "fsdp", rel=0)
+    assert [path.name for path in checkpoints(folder / "signal" / "checkpoints")] == ["step-000004", "step-000002"]
+    assert_same(folder / "fsdp", folder / "signal")
+
+
+def assert_same(run, other):
+    for path in SAME:
+        assert (run / path).read_bytes() == (other / path).read_bytes(), path
+    assert (other / "STATUS").read_text() == "done\n"
+
+
+def test_two_processes_go_on_with_what_one_began(folder, alone, both):
+    assert [made["one to two"]["error"] for made in both] == [None, None]
+    assert_alike(folder / "one-to-two", folder / "one", start=3)
+    assert_alike(folder / "ddp-to-fsdp", folder / "one", start=3)
+    # 8-bit states lie in other blocks, and are rounded in others
+    assert_alike(folder / "one-to-two-8bit", folder / "one-8bit", rel=1e-2, start=3)
+
+
+def test_one_process_goes_on_with_what_two_began(folder, alone, both):
+    made = commands([go_on(folder, "two-to-one"), go_on(folder, "two-8bit-to-one")])
+    assert [one["error"] for one in made] == [None, None]
+    assert_alike(folder / "two-to-one", folder / "one", start=3)
+    assert_alike(folder / "two-8bit-to-one", folder / "one-8bit", rel=1e-2, start=3)
+    assert "processes was 2 and is 1" in (folder / "two-to-one" / "log.txt").read_text()
+
+
+def test_three_processes_go_on_with_what_two_began(folder, alone, three):
+    assert [one["error"] for made in three for one in made] == [None] * 6
+    assert_alike(folder / "two-to-three", folder / "one", start=3)
+    assert_alike(folder / "two-8bit-to-three", folder / "one-8bit", rel=1e-2, start=3)
+
+
+def test_the_file_of_states_is_that_of_one_process(folder, alone, main):
+    one, two = (load_file(folder / name / "checkpoints/step-000004/optimizer.safetensors") for name in ("one", "fsdp"))
+    assert {name: (t.shape, t.dtype) for name, t in one.items()} == {
+        name: (t.shape, t.dtype) for name, t in two.items()
+    }
+    told = {
+        name: SafetensorsReader(folder / name / "checkpoints/step-000004/optimizer.safetensors").metadata
+        for name in ("one", "ddp", "fsdp")
+    }
+    assert told == {"one": {"format": "pt"}, "ddp": {"format": "pt"}, "fsdp": {"shards": "2"}}
+
+
+# Agreeing
 
 
 def test_touching_save_is_seen_by_all(folder, main):
@@ -253,5 +278,8 @@ def test_processes_that_begin_with_other_weights_are_refused(both):
     assert "model.layers.1.mlp.up_proj.weight is not the same in process 0 and process 1" in said.pop()
 
 
-def test_a_run_that_is_done_says_so(both):
+def test_a_run_that_is_done_says_so_and_one_that_is_there_is_refused_by_both(both):
     assert [made["done"]["result"]["status"] for made in both] == ["done", "done"]
+    said = {made["there"]["error"] for made in both}
+    assert len(said) == 1
+    assert "is not empty" in said.pop()

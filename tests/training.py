@@ -145,6 +145,7 @@ def base_kept():
     def make(train):
         def checked(model, *arguments, **how):
             def base():
+                shares.let_go(model)
                 return {n: shares.local(p).clone() for n, p in model.named_parameters() if not p.requires_grad}
 
             before = base()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from models.errors import CheckpointError, ConfigError
 from models.parallel import shares, world
@@ -70,8 +71,6 @@ class Replicated(Passes):
     kind = "ddp"
 
     def __init__(self, model: Any) -> None:
-        from torch.nn.parallel import DistributedDataParallel  # imports that one process need not wait for
-
         super().__init__(model)
         refuse_another_start(model)
         self.wrapped = DistributedDataParallel(Loss(model, self.parameters.values()))
