@@ -35,6 +35,7 @@ from train.data.glue import measures
 from train.loop import TrainResult, Watcher, train
 from train.mmlu import MmluWatcher, examination
 from train.planner.advice import advised
+from train.planner.choose import choose
 from train.recipe import RunConfig
 from train.run import Follower, Run
 from train.samples import sampler
@@ -147,6 +148,7 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     if planned.task in HEADS:
         data.manifest["labels"] = list(planned.labels)
     check_length(data, base, config.batch_tokens)
+    config = replace(config, distributed=choose(config, data.manifest["longest"], device))  # and a resumed run keeps it
     asked = examination(config.mmlu, tokenizer, base)
     opened = run or create(config, data, tokenizer, device)
     with opened, advised(config, data.manifest["longest"]):

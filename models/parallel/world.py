@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from kernels.planned import stand
+
 T = TypeVar("T")
 
 
@@ -35,7 +37,8 @@ def is_main() -> bool:
 
 
 def joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    """Is this one of several processes? (While it plans a step that it does not make, it is alone.)"""
+    return dist.is_available() and dist.is_initialized() and stand.kind is None
 
 
 def launched() -> int:
