@@ -13,7 +13,6 @@ from models.parallel import shares, world
 from models.parallel.shard import ShardConfig
 from train.optimizer import OptimizerConfig
 from train.planner.jobs import with_classifier
-from train.planner.layers import with_layers
 from train.planner.measure import measured_peak
 from train.planner.plan import GRADIENTS, STATES, plan, run_through
 from train.planner.simulation import own_workspaces

@@ -11,6 +11,7 @@ same, and figures may differ in their last digits.
 import shutil
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
@@ -21,6 +22,7 @@ from models.files import TEMPORARY
 from models.fingerprint import fingerprint
 from models.parallel import world
 from models.parallel.agreement import agreed
+from models.parallel.launch import Processes
 from models.parallel.shard import ShardConfig
 from train.config import read_config
 from train.finetune import introduce, outcome
@@ -63,6 +65,14 @@ class ResumeOptions:
     """Show no progress."""
     json: bool = False
     """Print one JSON object on stdout."""
+
+    @property
+    def processes(self) -> Processes:
+        path = Path(self.run) / "config.toml"
+        if not path.is_file():  # the command says so
+            return Processes(1, "cpu")
+        saved = read_config(RunConfig, path)
+        return Processes(self.nproc, self.device or saved.device, saved.timeout)
 
 
 def command(options: ResumeOptions, console: "Console") -> dict[str, Any]:
