@@ -90,8 +90,10 @@ def processes(config: RunConfig) -> str | None:
     if world.size() == 1:
         return None
     has = "each with the whole model (ddp)" if way(config) == "ddp" else "each with a share of the model (fsdp)"
-    rows = f"of {config.batch_size} rows" if config.batch_tokens is None else f"of at most {config.batch_tokens} tokens"
-    return f"{world.size()} processes, {has}; a step is {config.accumulation} micro-batches {rows}, dealt among them"
+    batch = f"{config.batch_size} {'row' if config.batch_size == 1 else 'rows'}"
+    if config.batch_tokens is not None:
+        batch = f"at most {config.batch_tokens} tokens"
+    return f"{world.size()} processes, {has}; a step is {config.accumulation} x {batch}, dealt among them"
 
 
 def learned(manifest: dict[str, Any]) -> str:

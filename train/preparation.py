@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -95,7 +95,8 @@ class Finetuning:
         begin = how.get("begin")
         start = begin.state.step if begin else 0
         board = tensorboard(self.run, start, on=config.tensorboard and world.is_main())
-        with self.run, room(self.run), advised(config, self.data.manifest["longest"]), board:
+        told, advice = world.last_words(self.run.tell_of), advised(config, self.data.manifest["longest"])
+        with self.run, told, room(self.run), advice, board:
             result = train(
                 self.model,
                 batches,
@@ -151,19 +152,16 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     config = replace(config, distributed=choose(config, data.manifest["longest"], device))  # and a resumed run keeps it
     asked = examination(config.mmlu, tokenizer, base)
     opened = run or create(config, data, tokenizer, device)
-    with opened, advised(config, data.manifest["longest"]):
+    with opened, world.last_words(opened.tell_of), advised(config, data.manifest["longest"]):
         seed_everything(config.seed)
-        decided = replace(config, distributed=way(config) or "auto")
-        model = trainable_model(decided, planned.labels, device)
+        model = trainable_model(config, planned.labels, device)
         model.gradient_checkpointing = config.gradient_checkpointing
     return Finetuning(config, model, tokenizer, data, opened, asked)
 
 
-def way(config: RunConfig) -> Literal["ddp", "fsdp"] | None:
-    """How several processes share the work; None for one."""
-    if world.size() == 1:
-        return None
-    return "ddp" if config.distributed == "auto" else config.distributed
+def way(config: RunConfig) -> str | None:
+    """How several processes share the work, as the config says once it is decided; None for one."""
+    return config.distributed if world.size() > 1 else None
 
 
 def check_length(data: Dataset, base: Description, batch_tokens: int | None) -> None:

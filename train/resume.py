@@ -148,7 +148,8 @@ def check_unchanged(run: Run, config: RunConfig, begin: Snapshot) -> None:
         changed = differences(begin.origin["base"], fingerprint(config.model))
         refuse(f"the base {config.model} is not the one that the run began with", changed, "put it back, or train anew")
     then, now = leaves(run.read_env()), leaves(environment(pick_device(config.device), [], way(config)))
-    for text in differences({key: value for key, value in then.items() if key in now}, now, {"argv"}):
+    unknown = {"argv", "distributed"} if config.distributed == "auto" else {"argv"}
+    for text in differences({key: value for key, value in then.items() if key in now}, now, unknown):
         run.log(f"not as when the run began: {text}; figures may differ in their last digits")
 
 
