@@ -36,7 +36,8 @@ class Jobs:
         """Run a job, and give `codes` and what was `said` by rank, and `seconds`.
 
         A process does something before it joins the others where that begins with "before: ". The launcher, which
-        keeps the store, is "there", or "dies" soon, or "lacks": then the main process keeps it.
+        keeps the store, is "there"; or "dies" soon; or "kills" the others as soon as one has ended; or "lacks", and
+        then the main process keeps it.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -117,10 +118,13 @@ def stuck() -> None:
     """As in a GPU's collective: it does not come back when another process is gone."""
     from models.parallel import world
 
-    def hook(error: BaseException) -> None:
+    def fails(error: BaseException) -> None:
+        raise ZeroDivisionError("in a hook")
+
+    def speaks(error: BaseException) -> None:
         print(f"last words: {error}", file=sys.stderr)
 
-    with world.last_words(lambda error: 1 / 0), world.last_words(hook):
+    with world.last_words(speaks), world.last_words(fails):  # the last one comes first
         time.sleep(60)
 
 
@@ -140,8 +144,9 @@ def saves_and_stops() -> None:
     raise SystemExit(143)
 
 
-def raises(error: BaseException) -> Callable[[], None]:
+def raises(error: BaseException, after: float = 0.0) -> Callable[[], None]:
     def action() -> None:
+        time.sleep(after)
         raise error
 
     return action
@@ -171,7 +176,7 @@ def actions() -> dict[str, Callable[[], None]]:
         "error": raises(ZeroDivisionError("by hand")),
         "own runtime error": raises(RuntimeError("a shape is wrong")),
         "refusal": raises(DataError("line 3 is bad")),
-        "other refusal": raises(DataError("line 4 is bad")),
+        "late refusal": raises(DataError("line 3 is bad"), after=0.3),
         "exit": raises(SystemExit(3)),
         "os exit": lambda: os._exit(7),
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -187,7 +192,7 @@ def act(what: str) -> int:
     from models.parallel.failure import end_if_broken, watched
 
     torch.set_num_threads(1)
-    watch.BEAT, watch.SAME, watch.PATIENCE, watch.GRACE = 0.1, 0.3, 0.7, 2.0
+    watch.BEAT, watch.SAME, watch.PATIENCE, watch.GRACE = 0.1, 0.7, 1.0, 2.0
     early = what.startswith("before: ")
     action = actions()[what.removeprefix("before: ")]
     try:
@@ -245,6 +250,9 @@ def job(does: list[str], launcher: str) -> dict[str, Any]:
                 found, status = os.waitpid(child, os.WNOHANG)
                 if found:
                     codes[child] = os.waitstatus_to_exitcode(status)
+            if launcher == "kills" and codes:
+                for child in set(children) - codes.keys():
+                    os.kill(child, signal.SIGKILL)
             if launcher == "dies" and time.monotonic() > began + 0.7:
                 store = None
             time.sleep(0.02)

@@ -7,6 +7,7 @@ others' help. Nothing here waits: a note is there or it is not.
     begins RANK   it is about to join the others
     doing RANK    what it does
     waits RANK    in which collective it has given up waiting
+    late RANK     because nobody answered in time
     left RANK     it has come to its end in good order
     failed        why the job ends; the first one who knows writes it
     told          who has told the person of that

@@ -133,8 +133,11 @@ def launch(command: Sequence[str], count: int) -> int:
 
 def environment(rank: int, count: int, port: int) -> Mapping[str, str]:
     """What torchrun tells a process: who it is, and where the store is, which the launcher keeps."""
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": "1"}  # as torchrun has it
-    return threads | {
+    defaults = {
+        "OMP_NUM_THREADS": "1",  # as torchrun has it
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # its warnings show, with stacks of C++, what is told in a sentence
+    }
+    return {name: value for name, value in defaults.items() if name not in os.environ} | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),

@@ -66,6 +66,7 @@ class Watch:
         self.has_told = False
         self.leaving = False
         """Does the main thread know that this process ends?"""
+        self.has_left = False
         self.stop = threading.Event()
         self.board.note("here", self.rank, board.address())
         self.thread = threading.Thread(target=self.look, name="watch", daemon=True)
@@ -205,6 +206,8 @@ class Watch:
     def reason(self, error: BaseException, where: str) -> Failure:
         """Wait for the reason why a collective has failed; if none comes, report what is known here."""
         self.board.note("waits", self.rank, where)
+        if is_late(error):
+            self.board.note("late", self.rank)  # gloo then breaks the connection, which is all that others may see
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             time.sleep(POLL)
@@ -213,7 +216,7 @@ class Watch:
         waits, left = self.board.all("waits"), self.board.who("left")
         others = [f"; process {rank} waited in {place}" for rank, place in waits.items() if place != where]
         others += [f"; process {rank} has come to its end" for rank in sorted(left)]
-        if is_late(error):
+        if self.board.who("late"):
             missing = set(range(self.size)) - waits.keys() - left
             return self.report_hang(f"no answer within {self.timeout:g} s in {where}{''.join(others)}", missing)
         return self.report(self.rank, f"processes have lost each other in {where}: {said(error)}{''.join(others)}")
@@ -226,9 +229,12 @@ class Watch:
         return self.report(self.rank, what, missing)
 
     def leave(self) -> None:
-        """Come to an end in good order, together with the others."""
+        """Come to an end in good order, together with the others; once that is done, there is nothing to add."""
+        if self.has_left:
+            return
         self.leaving = True
         self.board.note("left", self.rank)
+        self.has_left = True
         try:
             self.wait_for("left", "the end")
         except dist.DistError:
