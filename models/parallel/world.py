@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from kernels.planned import stand
 from models.errors import ConfigError
 from models.parallel.board import launched, launched_as, number, reach
 from models.parallel.failure import doing as doing
@@ -41,7 +42,8 @@ def is_main() -> bool:
 
 
 def joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    """Is this one of several processes? (While it plans a step that it does not make, it is alone.)"""
+    return dist.is_available() and dist.is_initialized() and stand.kind is None
 
 
 @contextmanager
