@@ -26,6 +26,7 @@ import nf4
 from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
 from models.model import Model
+from models.parallel.shares import refuse_shared
 from models.whole import computed_parameters
 from nf4 import QuantConfig, QuantizedTensor
 from nf4.storage import BITSANDBYTES
@@ -43,6 +44,7 @@ def save(model: Model, directory: str | Path, shard_bytes: int = SHARD_BYTES) ->
             f"{len(adapted)} layers have adapters (first: {adapted[0]}); call save_adapter for those, "
             "or merge_adapter before saving the model"
         )
+    refuse_shared(model, "saving a model")
     quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, NF4Linear)}
     with CheckpointWriter(directory, shard_bytes) as writer:
         for name, value in computed_parameters(model):

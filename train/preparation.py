@@ -5,7 +5,10 @@ its adapters, of which parts start from random numbers; the result read back aft
 itself done.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,13 @@ import torch
 from eval.held_out import held_out_loss
 from eval.labels import agreement, predict
 from eval.mmlu.tracking import Examination
-from models import ConfigError, Model, Refusal, attach_lora, load, save_adapter, save_tokenizer
-from models.checkpoint import Description, describe
+from models import ConfigError, Model, Refusal, save_adapter, save_tokenizer
+from models.checkpoint import Description, describe, unprepared
 from models.device import pick_device, pick_dtype
 from models.fingerprint import fingerprint
 from models.labelled import HEADS, labelling, load_labelled
+from models.lora import prepare_lora
+from models.parallel.loading import loading
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.trained import save_model
 from models.whole import train_every_weight
@@ -167,19 +172,34 @@ def create(config: RunConfig, data: Dataset, tokenizer: Tokenizer, device: torch
 
 
 def trainable_model(config: RunConfig, labels: tuple[str, ...], device: torch.device) -> Model:
-    """The model with adapters, or with every weight to be trained; a new head and adapters draw random numbers."""
+    """The model with adapters, or with every weight to be trained; a new head and adapters draw random numbers.
+
+    With fsdp and other processes it is this one's share of it.
+    """
     quant, dtype = config.quant if config.quantize else None, pick_dtype(config.dtype, device)
+    how, prepare = loading(config.distributed, config.fsdp), partial(prepare_training, config)
     if config.task in HEADS:
-        model = load_labelled(config.model, config.task, labels, quant, dtype, device)
-    else:
-        model = load(config.model, quant, dtype, device)
-    try:
+        return load_labelled(config.model, config.task, labels, quant, dtype, device, prepare, how)
+    return how(config.model, quant, dtype, device, prepare=prepare)
+
+
+def prepare_training(config: RunConfig, model: Model) -> Callable[[], None]:
+    """Make trainable what is to be trained; what gives it its first values comes back."""
+    with impossible():
         if config.adapters:
-            attach_lora(model, config.lora)
+            start = prepare_lora(model, config.lora)
         else:
             train_every_weight(model)
+            start = unprepared(model)
+    return impossible()(start)
+
+
+@contextmanager
+def impossible() -> Iterator[None]:
+    """Around what trains as the settings ask for: if it cannot be, they are to blame."""
+    try:
+        yield
     except Refusal:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return model
