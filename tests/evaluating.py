@@ -63,12 +63,12 @@ def bench(folder: Path) -> Path:
     return folder
 
 
-def everything(folder: Path, distributed: str, t5: bool = True) -> dict[str, Any]:
+def everything(folder: Path, distributed: str) -> dict[str, Any]:
     """All results, by what was done; files are left in a folder of this rank and this number of processes."""
     load = LoadOptions(device="cpu", dtype="float32", distributed=distributed)  # pyrefly: ignore[bad-argument-type]
     out = folder / f"{distributed}-{world.size()}"
     own = out / str(world.rank())
-    found = {
+    return {
         "tasks": tasks(folder, out, load),
         "questions": questions(folder, out, load),
         "prompt": prompt(folder, load),
@@ -76,9 +76,9 @@ def everything(folder: Path, distributed: str, t5: bool = True) -> dict[str, Any
         "labels": labels(folder, load),
         "cache": cache(folder, own, load),
         "memory": memory(folder, load),
+        "t5": written_by_t5(folder, load),
         "training": training(folder, own, load),
     }
-    return {**found, "t5": written_by_t5(folder, load)} if t5 else found
 
 
 def quiet() -> Console:
@@ -216,32 +216,40 @@ class Counted:
 
 
 def memory(folder: Path, load: LoadOptions) -> dict[str, Any]:
-    """The last process has room for few rows, before the blocks, in one of them, or behind them.
+    """The main process has room for few rows: before the blocks, in one of them, behind them, and in a T5's cache.
 
     Gives answers, and how many rows this process tried at most and at last, for each of these places.
     """
-    who = load_examinee(folder / "llama", load)
-    model: Any = who.model
-    requests = [likelihood(who, f"{text} {n}", " red") for n in range(4) for text in SENTENCES]
-    written = [generation(who, f"{text} {n}", 30 + n) for n in range(2) for text in SENTENCES]  # longer, so all first
+    llama, t5 = load_examinee(folder / "llama", load), load_examinee(folder / "t5", load)
+    inside: Any = llama.model.get_submodule("model")
+    reading = t5.model.get_submodule("decoder.block.1.layer.1.EncDecAttention")
     found: dict[str, Any] = {"answers": [], "largest": [], "last": []}
-    for place in (model.model.embed_tokens, model.model.layers[0], model.model.norm):
+    for who, place, name in (
+        (llama, inside.embed_tokens, "forward"),
+        (llama, inside.layers[0], "forward"),
+        (llama, inside.norm, "forward"),
+        (t5, reading, "keys_and_values"),
+    ):
+        requests = [likelihood(who, f"{text} {n}", " red") for n in range(4) for text in SENTENCES]
+        written = [generation(who, f"{text} {n}", 14 + n) for n in range(2) for text in SENTENCES]  # longer, so first
         sizes: list[int] = []
-        forward, place.forward = place.forward, partial(narrow, place.forward, sizes)
+        wide = getattr(place, name)
+        setattr(place, name, partial(narrow, wide, sizes))
         found["answers"].append(answer_all(who, [*requests, *written]))
-        place.forward = forward
+        setattr(place, name, wide)
         found["largest"].append(max(sizes))
         found["last"].append(sizes[-1])
-    return {**found, "hidden": type(model.hidden).__name__}
+    methods = [getattr(who.model, name) for who in (llama, t5) for name in who.model.entries]
+    return {**found, "left": [type(method).__name__ for method in methods]}
 
 
-def narrow(forward: Callable[..., Any], sizes: list[int], x: torch.Tensor, *rest: Any) -> Any:
+def narrow(wide: Callable[..., Any], sizes: list[int], x: torch.Tensor, *rest: Any) -> Any:
     """What a module gives, or no memory for it."""
     if x.shape[1] > 1:  # neither a step of writing nor a pass for others
         sizes.append(len(x))
-    if len(x) > ROOM and world.rank() == world.size() - 1:
+    if len(x) > ROOM and world.is_main():
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return forward(x, *rest)
+    return wide(x, *rest)
 
 
 def training(folder: Path, own: Path, load: LoadOptions) -> dict[str, Any]:
