@@ -24,6 +24,8 @@ from models.checkpoint import describe
 from models.commit import git_commit
 from models.files import make_directory, write_whole
 from models.parallel import world
+from models.parallel.launch import Processes
+from models.parallel.world import TIMEOUT
 from models.target import LoadOptions, resolve
 from models.tokenizer import load_tokenizer
 
@@ -67,6 +69,10 @@ class EvalOptions:
     """Write the prompts to this file, a JSON object a line, and ask the model nothing."""
     load: LoadOptions = LoadOptions()
     """How the model is loaded."""
+    nproc: int = 1
+    """Work on so many processes of this machine, a GPU each."""
+    timeout: float = TIMEOUT
+    """Seconds that a process waits for the others before it gives up."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -77,6 +83,10 @@ class EvalOptions:
             raise ValueError(f"max_chars is {self.max_chars}; it must be at least 1")
         if self.limit is not None and not (0 < self.limit < 1 or self.limit == int(self.limit) >= 1):
             raise ValueError(f"limit is {self.limit}; it must be a whole number, or a share between 0 and 1")
+
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.nproc, self.load.device, self.timeout)
 
     @property
     def settings(self) -> Settings:

@@ -20,7 +20,9 @@ from eval.progress import progress
 from models import ConfigError, Sampling
 from models.llama import causal
 from models.parallel import world
+from models.parallel.launch import Processes
 from models.parallel.turns import Turns
+from models.parallel.world import TIMEOUT
 from models.target import LoadOptions
 from models.writing import answer, say
 
@@ -81,6 +83,10 @@ class GenerateOptions:
     """Questions at a time; auto takes what suits the device, and halves it when memory runs out."""
     load: LoadOptions = LoadOptions()
     """How the model is loaded."""
+    nproc: int = 1
+    """Work on so many processes of this machine, a GPU each."""
+    timeout: float = TIMEOUT
+    """Seconds that a process waits for the others before it gives up."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -97,6 +103,10 @@ class GenerateOptions:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.nproc, self.load.device, self.timeout)
 
 
 def command(options: GenerateOptions, console: "Console") -> dict[str, Any]:

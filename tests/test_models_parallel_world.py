@@ -1,6 +1,6 @@
 """The few things that processes tell each other."""
 
-from processes import together
+from tests.processes import together
 
 from models.parallel import shares, world
 

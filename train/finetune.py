@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from models.labelled import HEADS
+from models.parallel.launch import Processes
 from models.precision import parts_in_memory, statement
 from train.loop import TrainResult, without_split
 from train.mmlu import remark, shown
@@ -21,6 +22,10 @@ class TrainOptions(RunConfig):
 
     json: bool = field(default=False, metadata={"saved": False})
     """Print one JSON object on stdout."""
+
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.nproc, self.device, self.timeout)
 
 
 def command(options: TrainOptions, console: "Console") -> dict[str, Any]:

@@ -8,6 +8,7 @@ killed before its first checkpoint begins again.
 import shutil
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
@@ -16,6 +17,7 @@ from models.device import pick_device
 from models.errors import ConfigError
 from models.files import TEMPORARY
 from models.fingerprint import fingerprint
+from models.parallel.launch import Processes
 from train.config import read_config
 from train.finetune import introduce, outcome
 from train.mmlu import MmluConfig
@@ -48,10 +50,20 @@ class ResumeOptions:
     """Go through the data so often in all."""
     device: str | None = None
     """Where to train from now on: cpu, cuda, cuda:1; by default as before."""
+    nproc: int = 1
+    """Train on so many processes of this machine from now on, a GPU each."""
     quiet: bool = False
     """Show no progress."""
     json: bool = False
     """Print one JSON object on stdout."""
+
+    @property
+    def processes(self) -> Processes:
+        path = Path(self.run) / "config.toml"
+        if not path.is_file():  # the command says so
+            return Processes(1, "cpu")
+        saved = read_config(RunConfig, path)
+        return Processes(self.nproc, self.device or saved.device, saved.timeout)
 
 
 def command(options: ResumeOptions, console: "Console") -> dict[str, Any]:
