@@ -62,7 +62,7 @@ def trained_whole(model):
 
 
 def lora(**options):
-    return partial(prepare_lora, config=models.LoraConfig(**{"rank": 5, **options}))
+    return partial(prepare_lora, config=replace(models.LoraConfig(rank=5), **options))
 
 
 NF4 = nf4.QuantConfig()

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from processes import together
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import LoraConfig
 from models.parallel import shares, world
 from models.parallel.shard import ShardConfig
+from tests.processes import together
 from train.optimizer import OptimizerConfig
 from train.planner.jobs import with_classifier
 from train.planner.measure import measured_peak
