@@ -7,12 +7,15 @@ Several processes answer one round of batches after the other, each of them one 
 The answers go to all, and the main process alone has a cache.
 """
 
+import json
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from hashlib import sha256
 from typing import Any, Literal
 
 from eval.cache import Cache
 from eval.examinee import Examinee
 from eval.request import Request
+from models import DataError
 from models.device import is_out_of_memory
 from models.parallel import world
 from models.parallel.turns import Turns
@@ -51,6 +54,7 @@ def answered(examinee: Examinee, requests: Sequence[Request], batch_size: BatchS
         rows.setdefault((type(request), request.row), []).append(request)
     left = sorted(rows.values(), key=lambda row: (row[0].length, type(row[0]).__name__), reverse=True)
     most = FIRST if batch_size == "auto" else batch_size
+    refuse_different(examinee, requests)
     if not left:
         return
     with Turns(examinee.model) as turns:
@@ -68,6 +72,17 @@ def answered(examinee: Examinee, requests: Sequence[Request], batch_size: BatchS
                     for row, answers in zip(batch, rows_found, strict=True)
                     for request, answer in zip(row, answers, strict=True)
                 }
+
+
+def refuse_different(examinee: Examinee, requests: Sequence[Request]) -> None:
+    """Each process answers what others have asked too, so all of them have to ask the same of the same model."""
+    if world.size() > 1:
+        asked = json.dumps([examinee.identity, *(request.key for request in requests)])
+        if len(set(world.from_all(sha256(asked.encode()).digest()))) > 1:
+            raise DataError(
+                "the processes do not ask the same of the same model; give them the same checkpoint and data, on every "
+                "machine"
+            )
 
 
 def attempt(examinee: Examinee, batch: Rows, may_halve: bool) -> list[list[Any]] | None:

@@ -76,6 +76,7 @@ def everything(folder: Path, distributed: str) -> dict[str, Any]:
         "labels": labels(folder, load),
         "cache": cache(folder, own, load),
         "memory": memory(folder, load),
+        "different": different(folder, load),
         "t5": written_by_t5(folder, load),
         "training": training(folder, own, load),
     }
@@ -213,6 +214,16 @@ class Counted:
 
     def __exit__(self, *_: object) -> None:
         Likelihood.answer = self.answer
+
+
+def different(folder: Path, load: LoadOptions) -> str:
+    """What is said where each process asks something else."""
+    who = load_examinee(folder / "llama", load)
+    try:
+        answer_all(who, [likelihood(who, SENTENCES[world.rank()], " red")])
+    except models.DataError as error:
+        return str(error)
+    return ""
 
 
 def memory(folder: Path, load: LoadOptions) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Evaluation by several processes, with a whole model each or with one that they share: what one process finds."""
 
+import doctest
 from typing import Any
 
 import pytest
 import torch
 
+from eval import dealing
 from eval.dealing import dealt, in_order
 from models.parallel import world
 from tests.evaluating import ROOM, bench, everything
@@ -66,6 +68,12 @@ def test_all_halve_their_batches_where_one_has_too_little_memory(alone, found, d
     assert here["left"] == alone["memory"]["left"]  # the model is left as it was
 
 
+@everywhere
+def test_processes_that_ask_different_things_are_refused(alone, found, distributed, rank):
+    assert alone["different"] == ""
+    assert found[rank][distributed]["different"].startswith("the processes do not ask the same")
+
+
 def test_what_was_answered_is_asked_on_no_process(alone):
     first, again, half = alone["cache"]["asked"]
     assert (again, half) == (0, (first + 1) // 2)
@@ -86,3 +94,7 @@ def test_every_batch_is_dealt_to_one_process_and_all_make_as_many_rounds(monkeyp
         parts.append([batch for batch, mine in given if mine])
     assert rounds == {-(-count // size)}
     assert in_order(parts) == list(range(count))
+
+
+def test_the_example_is_right():
+    assert doctest.testmod(dealing) == (0, 1)
