@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.parallel.shares import home
 from models.whole import computed_dtype
 
 
@@ -99,7 +100,8 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.embedding.parameters()).device  # its weight may have to be rounded first
+        """Where inputs go."""
+        return home(next(self.embedding.parameters()))  # its weight may have to be rounded first
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -124,3 +126,8 @@ class Stack(nn.Module):
     def blocks(self) -> Iterable[nn.Module]:
         """The blocks in the order in which they run."""
         raise NotImplementedError
+
+    @property
+    def common(self) -> Iterable[nn.Module]:
+        """Modules within a block that are called outside of it as well."""
+        return ()

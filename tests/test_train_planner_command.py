@@ -184,7 +184,13 @@ def test_advice_for_a_gpu_knows_of_more_of_them(full):
     from train.recipe import RunConfig
 
     config = RunConfig(
-        model=full[1], data=DataConfig(path="none"), max_steps=1, adapters=False, quantize=False, accumulation=4
+        model=full[1],
+        data=DataConfig(path="none"),
+        max_steps=1,
+        adapters=False,
+        quantize=False,
+        accumulation=4,
+        dtype="bfloat16",
     )
     said = suggestion(config, int(4.6 * 2**30), max_len=64)
     assert ", or on 2 such GPUs with --nproc 2 --distributed fsdp: " in said

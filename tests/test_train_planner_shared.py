@@ -14,17 +14,16 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from processes import together
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import LoraConfig
 from models.parallel import shares, world
 from models.parallel.shard import ShardConfig
 from nf4 import QuantConfig
+from tests.processes import together
 from train.optimizer import OptimizerConfig
 from train.planner.choose import choose
 from train.planner.jobs import with_classifier
-from train.planner.layers import with_layers
 from train.planner.measure import measured_peak
 from train.planner.plan import STATES
 from train.planner.plan import plan as planned_anew

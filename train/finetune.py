@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.labelled import HEADS
 from models.parallel import world
+from models.parallel.launch import Processes
 from models.precision import parts_in_memory, statement
 from train.loop import TrainResult, without_split
 from train.mmlu import remark, shown
@@ -22,6 +23,10 @@ class TrainOptions(RunConfig):
 
     json: bool = field(default=False, metadata={"saved": False})
     """Print one JSON object on stdout."""
+
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.nproc, self.device, self.timeout)
 
 
 def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
@@ -85,8 +90,10 @@ def processes(config: RunConfig) -> str | None:
     if world.size() == 1:
         return None
     has = "each with the whole model (ddp)" if way(config) == "ddp" else "each with a share of the model (fsdp)"
-    rows = f"of {config.batch_size} rows" if config.batch_tokens is None else f"of at most {config.batch_tokens} tokens"
-    return f"{world.size()} processes, {has}; a step is {config.accumulation} micro-batches {rows}, dealt among them"
+    batch = f"{config.batch_size} {'row' if config.batch_size == 1 else 'rows'}"
+    if config.batch_tokens is not None:
+        batch = f"at most {config.batch_tokens} tokens"
+    return f"{world.size()} processes, {has}; a step is {config.accumulation} x {batch}, dealt among them"
 
 
 def learned(manifest: dict[str, Any]) -> str:

@@ -203,7 +203,8 @@ def train(
             rate = learning_rate(number, total, config.optimizer)
             set_learning_rate(optimizer, rate)
             try:
-                made = update(passes, optimizer, micro_batches, number, config.optimizer.max_grad_norm, seed)
+                with world.doing(f"the gradients of step {number}"):
+                    made = update(passes, optimizer, micro_batches, number, config.optimizer.max_grad_norm, seed)
             except BrokenStep as broken:
                 directory = run.directory / "nonfinite" / f"step-{number:06d}"
                 raise nonfinite.report(directory, passes, micro_batches, broken, seed) from broken
@@ -235,15 +236,18 @@ def train(
                 for note in notes:
                     progress.say(note)
                 if config.dry_step and state.step < total:
-                    try_longest(passes, optimizer, batches, state, config.accumulation)
+                    with world.doing("a trial of the longest batch"):
+                        try_longest(passes, optimizer, batches, state, config.accumulation)
                 groups = accumulated(batches, config.accumulation, state, total)
                 while True:
                     signal, wanted = wishes()
                     if not signal and any(map(due, (None, *(it.eval_steps for it in watchers)))):
-                        evaluate()
+                        with world.doing(f"the evaluation after step {state.step}"):
+                            evaluate()
                         signal, wanted = wishes()
                     if signal or wanted or checkpoint_due(state, config, total):
-                        checkpoint()
+                        with world.doing(f"the checkpoint of step {state.step}"):
+                            checkpoint()
                     if signal or state.step >= total:
                         break
                     step(next(groups))

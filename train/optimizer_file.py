@@ -62,7 +62,8 @@ def collect_states(optimizer: FusedOptimizer, passes: Passes) -> States:
 
 def save_states(states: States, directory: Path) -> None:
     """Write the states, and read them back."""
-    metadata = {"format": "pt"} | ({SHARDS: str(states.shards)} if states.shards > 1 else {})
+    # One entry only: safetensors writes several in an order that differs from process to process.
+    metadata = {"format": "pt"} if states.shards == 1 else {SHARDS: str(states.shards)}
     save_file(states.tensors, directory / FILE, metadata)
     reader = SafetensorsReader(directory / FILE)
     for name, tensor in states.tensors.items():

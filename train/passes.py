@@ -10,13 +10,13 @@ last pass are whole on every process, also under FSDP: four bytes for every trai
 for adapters and as much as the weights where all of them are trained. (With one round in a step nothing waits.)
 """
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from models.errors import CheckpointError, ConfigError
@@ -36,7 +36,7 @@ class Passes:
         """What is trained, as the model has it, by name."""
         self.moved: dict[str, nn.Parameter] = self.parameters
         """What the optimizer of this process moves: plain tensors over the same memory, this process's part of each."""
-        self.device = next(iter(self.parameters.values())).device
+        self.device = shares.home(next(iter(self.parameters.values())))
         """Where batches go."""
 
     def backward(self, batch: Batch, weight: float, last: bool) -> Tensor:
@@ -73,7 +73,7 @@ class Replicated(Passes):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         refuse_another_start(model)
-        self.wrapped = DistributedDataParallel(Loss(model), init_sync=False, broadcast_buffers=False)
+        self.wrapped = DistributedDataParallel(Loss(model, self.parameters.values()))
         self.wrapped.register_comm_hook(None, summed)
 
     def backward(self, batch: Batch, weight: float, last: bool) -> Tensor:
@@ -93,15 +93,9 @@ class Sharded(Passes):
     kind = "fsdp"
 
     def __init__(self, model: Any) -> None:
-        for unit in model.modules():  # FSDP may still move shares when it first puts them together
-            if isinstance(unit, FSDPModule):
-                unit.unshard()
-                unit.reshard()
+        shares.let_go(model)  # after an evaluation some weights are still put together
         super().__init__(model)
         self.moved = {name: nn.Parameter(shares.local(p.detach())) for name, p in self.parameters.items()}
-        mesh = next(p.device_mesh for p in self.parameters.values() if shares.is_shared(p))  # pyrefly: ignore
-        on_gpu = mesh.device_type == "cuda"  # shares may be in the CPU's memory
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device(mesh.device_type)
 
     def backward(self, batch: Batch, weight: float, last: bool) -> Tensor:
         self.model.set_requires_gradient_sync(last)
@@ -118,14 +112,19 @@ class Sharded(Passes):
 
 
 class Loss(nn.Module):
-    """A model whose forward is its loss, since that is what DistributedDataParallel calls."""
+    """A model as DistributedDataParallel is to know it: what is trained, and the loss for forward.
 
-    def __init__(self, model: nn.Module) -> None:
+    All else in the model is not its business. It would send the base from process to process, and its scales with every
+    pass.
+    """
+
+    def __init__(self, model: Any, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
-        self.model = model
+        self.trained = nn.ParameterList(parameters)
+        self.loss = model.loss  # a method of it, and thus no module in this one
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        return self.model.loss(**inputs)  # pyrefly: ignore[not-callable]
+        return self.loss(**inputs)
 
 
 def summed(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -138,7 +137,7 @@ def passes_of(model: Any) -> Passes:
     """The way that fits: alone, with shares if the model is shared, else with a copy for each process."""
     if world.size() == 1:
         return Passes(model)
-    return Sharded(model) if isinstance(model, FSDPModule) else Replicated(model)
+    return Sharded(model) if shares.any_shared(model) else Replicated(model)
 
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:

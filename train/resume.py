@@ -11,6 +11,7 @@ same, and figures may differ in their last digits.
 import shutil
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
@@ -20,6 +21,8 @@ from models.errors import ConfigError
 from models.files import TEMPORARY
 from models.fingerprint import fingerprint
 from models.parallel import world
+from models.parallel.agreement import agreed
+from models.parallel.launch import Processes
 from models.parallel.shard import ShardConfig
 from train.config import read_config
 from train.finetune import introduce, outcome
@@ -63,9 +66,18 @@ class ResumeOptions:
     json: bool = False
     """Print one JSON object on stdout."""
 
+    @property
+    def processes(self) -> Processes:
+        path = Path(self.run) / "config.toml"
+        if not path.is_file():  # the command says so
+            return Processes(1, "cpu")
+        saved = read_config(RunConfig, path)
+        return Processes(self.nproc, self.device or saved.device, saved.timeout)
+
 
 def command(options: ResumeOptions, console: "Console") -> dict[str, Any]:
-    run = run_class().reopen(options.run)
+    with agreed():
+        run = run_class().reopen(options.run)
     with run.untouched():
         config = settings(run, options)
         remove_leftovers(run)
@@ -136,7 +148,8 @@ def check_unchanged(run: Run, config: RunConfig, begin: Snapshot) -> None:
         changed = differences(begin.origin["base"], fingerprint(config.model))
         refuse(f"the base {config.model} is not the one that the run began with", changed, "put it back, or train anew")
     then, now = leaves(run.read_env()), leaves(environment(pick_device(config.device), [], way(config)))
-    for text in differences({key: value for key, value in then.items() if key in now}, now, {"argv"}):
+    unknown = {"argv", "distributed"} if config.distributed == "auto" else {"argv"}
+    for text in differences({key: value for key, value in then.items() if key in now}, now, unknown):
         run.log(f"not as when the run began: {text}; figures may differ in their last digits")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.updates import STATE_BLOCK
 from models.errors import CheckpointError
 from models.parallel import shares, world
-from models.readers import SAFETENSORS_DTYPES, SafetensorsReader
+from models.readers import SafetensorsReader
 from nf4 import dequantize_dynamic
 from train.paged.adamw import SIGNED
 
@@ -135,7 +135,4 @@ def entries(reader: SafetensorsReader, name: str, shape: tuple[int, ...], rows: 
     if found != shape:
         came = "is not there" if found is None else f"is {list(found)}"
         raise CheckpointError(f"{reader.where(name)}: {name} {came}, expected {list(shape)}")
-    if not rows:
-        return torch.empty((0, *shape[1:]), dtype=SAFETENSORS_DTYPES[reader.types[name]])
-    with reader.opened() as file:
-        return file.get_slice(name)[rows.start : rows.stop].clone()
+    return reader.read_rows(name, rows.start, rows.stop)

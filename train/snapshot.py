@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from models.errors import CheckpointError, ConfigError, NonFiniteError, WriteError
 from models.parallel import shares, world
+from models.parallel.agreement import agreed
 from train.checkpoint import newest_checkpoint, step_directory, write_checkpoint
 from train.optimizer_file import collect_states, restore_states, save_states
 from train.paged.fused import FusedOptimizer
@@ -88,7 +89,7 @@ def save_snapshot(
         }
         (directory / "state.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
-    with shares.whole(passes.model):
+    with shares.whole(passes.model), agreed():
         if not world.is_main():
             return step_directory(run.checkpoints, state.step)
         try:
@@ -102,7 +103,9 @@ def newest_snapshot(run: Run, tell: Callable[[str], None]) -> Snapshot | None:
 
     The main process looks for all, since it means to read every byte.
     """
-    directory = world.from_main(newest_checkpoint(run.checkpoints, tell) if world.is_main() else None)
+    with agreed():
+        directory = newest_checkpoint(run.checkpoints, tell) if world.is_main() else None
+    directory = world.from_main(directory)
     return None if directory is None else read_snapshot(directory)
 
 
