@@ -15,7 +15,7 @@ FSDP2 asks for a block's weights while another is computed. So where the bytes t
 can hide; where they take more, it cannot.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ PROCESSES = (1, 2, 4, 8)
 ATTAINED = 0.4
 GB = 1e9  # of links; memory is told in GiB
 
-WAYS = {
+WAYS: Mapping[str, Mapping[str, Any]] = {
     "ddp": {"distributed": "ddp"},
     "fsdp": {"distributed": "fsdp"},
     "fsdp, CPU offload": {"distributed": "fsdp", "fsdp": ShardConfig(cpu_offload=True)},

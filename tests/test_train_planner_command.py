@@ -89,7 +89,8 @@ def test_the_table_has_the_whole_model_and_each_process_s_share(capsys, config, 
 
 
 FULL = {
-    **SMALL, "hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16, "vocab_size": 32000,
+    **SMALL, "hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "vocab_size": 32000,
     "tie_word_embeddings": False,
 }  # fmt: skip
 
@@ -194,8 +195,8 @@ def test_advice_for_a_gpu_knows_of_more_of_them(full):
     )
     said = suggestion(config, int(4.6 * 2**30), max_len=64)
     assert ", or on 2 such GPUs with --nproc 2 --distributed fsdp: " in said
-    assert "no setting makes it fit" in suggestion(config, 2**30, max_len=64)
-    assert "such GPUs" not in suggestion(config, 2**30, max_len=64, device=torch.device("cpu"))
+    assert "no setting makes it fit" in suggestion(config, 2**29, max_len=64)
+    assert "such GPUs" not in suggestion(config, 2**29, max_len=64, device=torch.device("cpu"))
 
 
 def test_what_is_out_of_memory():

@@ -24,6 +24,7 @@ from tests.processes import together
 from train.optimizer import OptimizerConfig
 from train.planner.choose import choose
 from train.planner.jobs import with_classifier
+from train.planner.layers import with_layers
 from train.planner.measure import measured_peak
 from train.planner.plan import STATES
 from train.planner.plan import plan as planned_anew
@@ -43,6 +44,10 @@ ROBERTA = {
     **SIZES["roberta-base"], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
     "num_attention_heads": 4, "vocab_size": 300,
 }  # fmt: skip
+T5 = {
+    **SIZES["t5-v1.1-small"], "num_layers": 2, "num_decoder_layers": 2, "d_model": 64, "d_kv": 16, "d_ff": 128,
+    "num_heads": 4, "vocab_size": 301,
+}  # fmt: skip
 SHARED = Job(
     raw=LLAMA, lora=LoraConfig(rank=5), batch_size=1, max_len=24, accumulation=4, dtype=torch.float32, processes=2,
     distributed="fsdp",
@@ -53,6 +58,7 @@ JOBS = {
     "one round": replace(SHARED, accumulation=2, optimizer=OptimizerConfig(name="adamw-8bit")),
     "mixed precision": replace(SHARED, dtype=torch.bfloat16, fsdp=MIXED),
     "16-bit LoRA with all activations kept": replace(SHARED, quant=None, gradient_checkpointing=False),
+    "a T5": replace(SHARED, raw=T5, target_len=16),
     "full fine-tuning of a RoBERTa": with_classifier(replace(SHARED, raw=ROBERTA, quant=None, lora=None)),
     "whole models": replace(SHARED, distributed="ddp"),
 }
@@ -163,7 +169,7 @@ def test_few_blocks_extended_give_what_all_blocks_give():
     job = replace(SHARED, raw=with_layers(LLAMA, 5), processes=3, fsdp=ShardConfig(cpu_offload=True))
     short, long = planned_anew(job, "cuda"), planned_anew(job, "cuda", extend=False)
     assert (short.traffic, short.host) == (long.traffic, long.host)
-    assert short.total == pytest.approx(long.total, rel=1e-3)  # tables of launches are made once in a process
+    assert short.total == pytest.approx(long.total, rel=5e-3)  # tables of launches are made once in a process
 
 
 def test_offload_leaves_a_gpu_buffers_and_what_is_on_its_way():
@@ -194,10 +200,15 @@ def test_of_a_collective_a_process_sends_all_but_its_own_part():
 # Whether a model is shared
 
 
-def ask(rooms: list[int], settings: list[dict[str, Any]]) -> list[str]:
-    """What each process chooses, where it has so much room."""
-    with world.world("cpu", timeout=60), patch("train.planner.choose.available", lambda _: rooms[world.rank()]):
-        return [choose(config(**setting), 24, torch.device("cpu")) for setting in settings]
+def ask(rooms: list[list[int]], settings: list[dict[str, Any]]) -> list[str]:
+    """What each process chooses for each of the settings, where it has the room that is said for it."""
+    with world.world("cpu", timeout=60):
+        return [chosen(room[world.rank()], setting) for room, setting in zip(rooms, settings, strict=True)]
+
+
+def chosen(room: int, setting: dict[str, Any]) -> str:
+    with patch("train.planner.choose.available", lambda _: room):
+        return choose(config(**setting), 24, torch.device("cpu"))
 
 
 def config(**settings: Any) -> SimpleNamespace:
@@ -211,10 +222,10 @@ def config(**settings: Any) -> SimpleNamespace:
 
 
 def test_the_process_with_the_least_room_decides_for_all():
-    auto, fixed = {}, {"distributed": "fsdp"}
-    answers = together(ask, 2, [2**40, 2**20], [auto, fixed, {"distributed": "ddp"}])
-    assert answers == [["fsdp", "fsdp", "ddp"]] * 2
-    assert together(ask, 2, [2**40, 2**40], [auto]) == [["ddp"]] * 2
+    much, little = 2**40, 2**20
+    rooms = [[much, little], [much, much], [much, little], [much, little]]
+    settings = [{}, {}, {"distributed": "ddp"}, {"distributed": "fsdp"}]
+    assert together(ask, 2, rooms, settings) == [["fsdp", "ddp", "ddp", "fsdp"]] * 2
 
 
 def test_alone_there_is_nothing_to_choose():

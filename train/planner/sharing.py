@@ -144,8 +144,9 @@ class Sharing:
             setattr(model, name, partial(self.run, getattr(model, name)))
 
     def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """One of the model's entries, around which the root is put together."""
-        self.enter(self.root, (), {})
+        """One of the model's entries, around which the root is put together; one may call another."""
+        passed = self.enter(self.root, args, kwargs)
+        args, kwargs = (args, kwargs) if passed is None else passed
         output = method(*args, **kwargs)
         self.leave(self.root, output)
         return output
@@ -189,9 +190,9 @@ class Sharing:
             return None
         self.send_for(unit, "forward")
         self.take(unit, forward=True)
-        unit.when = "forward"
+        inside, unit.when = unit.when == "forward", "forward"
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.requires_grad]
-        if not inputs or not torch.is_grad_enabled():
+        if inside or not inputs or not torch.is_grad_enabled():
             return None
         passed = dict(zip(map(id, inputs), Passed.apply(self, unit, *inputs), strict=True))
         return tuple(passed.get(id(v), v) for v in args), {name: passed.get(id(v), v) for name, v in kwargs.items()}

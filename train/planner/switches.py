@@ -63,25 +63,30 @@ def fitting(job: Job, gpu: Gpu, kind: str = "cuda") -> tuple[list[Switch], Plan 
     for number in reversed(numbers[:-1]):  # a later change may have made an earlier one needless
         fewer = numbers.copy()
         fewer.remove(number)
-        if plan(changed_by(job, fewer, kind), kind).fits(gpu):
-            numbers = fewer
-    return made(job, numbers, kind), plan(changed_by(job, numbers, kind), kind)
+        without = changed_by(job, fewer, kind)
+        if without is not None and plan(without, kind).fits(gpu):
+            numbers, current = fewer, plan(without, kind)
+    return made(job, numbers, kind), current
 
 
 def made(job: Job, numbers: list[int], kind: str) -> list[Switch]:
     """The changes of these numbers, one after the other; those that are made again are told as one."""
     told: dict[int, Switch] = {}
     for position, number in enumerate(numbers):
-        changed = change(changed_by(job, numbers[:position], kind), number, kind)
+        before = changed_by(job, numbers[:position], kind)
+        assert before is not None
+        changed = change(before, number, kind)
         assert changed is not None
         told[number] = Switch(changed[1], CHANGES[number][1], plan(changed[0], kind))
     return list(told.values())
 
 
-def changed_by(job: Job, numbers: list[int], kind: str) -> Job:
+def changed_by(job: Job, numbers: list[int], kind: str) -> Job | None:
+    """The job after the changes of these numbers; None if one of them needs another that is not there."""
     for number in numbers:
         changed = change(job, number, kind)
-        assert changed is not None
+        if changed is None:
+            return None
         job = changed[0]
     return job
 
