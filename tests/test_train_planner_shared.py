@@ -29,7 +29,7 @@ from train.planner.measure import measured_peak
 from train.planner.plan import STATES
 from train.planner.plan import plan as planned_anew
 from train.planner.sharing import Sharing
-from train.planner.simulation import own_workspaces
+from train.planner.simulation import own_workspaces, simulated
 from train.planner.sizes import SIZES
 from train.planner.step import Job, prepared
 from train.planner.switches import plan
@@ -183,6 +183,19 @@ def test_offload_leaves_a_gpu_buffers_and_what_is_on_its_way():
     assert offloaded.needed == offloaded.total < on_gpu.total  # nothing is left to be paged
     assert offloaded.traffic == on_gpu.traffic
     assert planned_anew(replace(SHARED, fsdp=ShardConfig(cpu_offload=True)), "cpu").host == {}
+
+
+def test_shares_that_come_from_the_cpu_are_copied_before_they_are_sent():
+    job = replace(SHARED, fsdp=ShardConfig(cpu_offload=True))
+    with simulated("cuda") as ledger:
+        sharing = Sharing(ledger, prepared(job, torch.device("meta")).model, job, "cuda")
+        ledger.begin(("start",))
+        before = ledger.total
+        sharing.send_for(sharing.root, "forward")
+        buffer = sharing.root.buffer
+        assert buffer is not None
+        assert ledger.total - before == pytest.approx(buffer.nbytes, abs=512)
+        assert ledger.peaks["start",].total - before == pytest.approx(1.5 * buffer.nbytes, abs=512)
 
 
 # What is sent
