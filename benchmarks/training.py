@@ -28,6 +28,7 @@ from models.linear import NF4Linear
 from train.data.batches import Batch
 from train.memory import peak_memory_bytes
 from train.optimizer import Name, OptimizerConfig, make_optimizer
+from train.passes import Passes
 from train.step import update
 
 SMOLLM2 = LlamaConfig(
@@ -121,7 +122,7 @@ class Stepper:
 
     def __call__(self) -> float:
         self.number += 1
-        return update(self.model, self.parameters, self.optimizer, [Batch(self.batch)], self.number, 0.3).loss
+        return update(Passes(self.model), self.optimizer, [Batch(self.batch)], self.number, 0.3).loss
 
 
 def ours(setting: Setting) -> models.Llama:

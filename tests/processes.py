@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from models.parallel.launch import environment
+
 
 def together(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 90.0) -> list[Any]:
     """What `function(*arguments)` gave in each process, by rank. It has to join them itself, by `world.world`.
@@ -53,17 +55,3 @@ def one(function: Callable[..., Any], rank: int, size: int, port: int, folder: s
     except BaseException:
         (Path(folder) / f"{rank}.error").write_text(f"process {rank}:\n{traceback.format_exc()}")
         sys.exit(1)
-
-
-def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process: who it is, and where the store is in which they meet."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }

@@ -61,8 +61,8 @@ def trained_whole(model):
     return lambda: None
 
 
-def lora(rank: int = 5, **options: Any) -> Any:
-    return partial(prepare_lora, config=models.LoraConfig(rank=rank, **options))
+def lora(**options):
+    return partial(prepare_lora, config=replace(models.LoraConfig(rank=5), **options))
 
 
 NF4 = nf4.QuantConfig()

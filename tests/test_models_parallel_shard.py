@@ -78,8 +78,7 @@ def roberta(**changes: Any) -> Roberta:
 
 
 def t5(**changes: Any) -> T5:
-    sizes: dict[str, Any] = {**SIZES, "vocab_size": 61, "dropout_rate": 0.0, **changes}
-    return T5(T5Config(**sizes))
+    return T5(replace(T5Config(**SIZES), vocab_size=61, dropout_rate=0.0, **changes))
 
 
 CLASSES = {"problem_type": "single_label_classification", "labels": ("a", "b", "c")}

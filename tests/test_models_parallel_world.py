@@ -1,8 +1,7 @@
 """The few things that processes tell each other."""
 
-from processes import together
-
 from models.parallel import shares, world
+from tests.processes import together
 
 
 def talk():

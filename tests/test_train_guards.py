@@ -14,6 +14,7 @@ from tests.test_train_loop import CONFIG, ROWS, Rows, Toy, a_run, collate, text,
 from train.data.batches import Batch
 from train.nonfinite import find
 from train.optimizer import OptimizerConfig, make_optimizer
+from train.passes import Passes
 from train.run import Run
 from train.seed import seed_everything, seed_step
 from train.spikes import Spikes, longest
@@ -65,8 +66,7 @@ def broken_llama(checkpoint, name):
 @pytest.mark.parametrize("layer", ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.v_proj", "model.norm"])
 def test_the_first_layer_whose_output_is_not_finite_is_named(checkpoint, layer):
     model = broken_llama(checkpoint, layer)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = find(model, parameters, [batch("a:1"), batch("a:2")], seed=1, number=3)
+    found = find(Passes(model), [batch("a:1"), batch("a:2")], seed=1, number=3)
     assert found is not None
     assert (found.layer, found.what, found.micro_batch) == (layer, "output", 0)
 
@@ -75,8 +75,7 @@ def test_where_only_the_gradient_breaks_the_layer_before_is_named(checkpoint):
     model = llama(checkpoint)
     norm = model.get_submodule("model.layers.1.input_layernorm")
     norm.register_forward_hook(lambda module, inputs, output: output + (output * 0).abs().sqrt())  # its slope: inf * 0
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = find(model, parameters, [batch("a:1")], seed=1, number=3)
+    found = find(Passes(model), [batch("a:1")], seed=1, number=3)
     assert found is not None
     assert found.layer in ("model.layers.1.input_layernorm", "model.layers.0")
     assert found.what == "gradient"
@@ -86,7 +85,7 @@ def test_a_step_that_breaks_by_what_it_draws_breaks_again_when_it_is_looked_for(
     model = llama(checkpoint)
     norm = model.get_submodule("model.layers.0.input_layernorm")
     norm.register_forward_hook(lambda module, inputs, output: output / (torch.rand(()) > 0.1))  # one step in ten
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    passes = Passes(model)
 
     def breaks(number):
         seed_step(1, number)
@@ -95,7 +94,7 @@ def test_a_step_that_breaks_by_what_it_draws_breaks_again_when_it_is_looked_for(
     numbers = {broken: [n for n in range(1, 60) if breaks(n) == broken][:3] for broken in (True, False)}
     for broken, some in numbers.items():
         for number in some:
-            found = find(model, parameters, [batch("a:1")], seed=1, number=number)
+            found = find(passes, [batch("a:1")], seed=1, number=number)
             assert (found is not None) == broken
             assert found is None or found.layer == "model.layers.0.input_layernorm"
 
@@ -110,9 +109,8 @@ class Poisoned(Toy):
 
 def test_a_step_that_breaks_says_where_and_leaves_its_batch(tmp_path):
     class Named(Rows):
-        def epoch(self, number, start=0):
-            for i, b in enumerate(super().epoch(number, start), start):
-                yield Batch(b.inputs, (f"data.jsonl:{i + 1}",))
+        def micro_batch(self, number, place, part=0, parts=1):
+            return replace(super().micro_batch(number, place), where=(f"data.jsonl:{place + 1}",))
 
     rows = [([1, 2, 3], 0)] * 5 + [([9, 9, 9], 0)] + [([1, 2, 3], 0)] * 4
     config = replace(CONFIG, accumulation=2, max_steps=5)
@@ -150,12 +148,12 @@ def test_every_b_must_have_a_gradient_that_is_not_zero(checkpoint):
 
 def test_the_first_step_looks_at_every_b_and_later_ones_do_not(checkpoint):
     model = llama(checkpoint)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parameters["model.layers.0.mlp.up_proj.lora_B.weight"].register_hook(torch.zeros_like)
-    with make_optimizer(parameters, OptimizerConfig()) as optimizer:
+    passes = Passes(model)
+    passes.parameters["model.layers.0.mlp.up_proj.lora_B.weight"].register_hook(torch.zeros_like)
+    with make_optimizer(passes.moved, OptimizerConfig()) as optimizer:
         with pytest.raises(ConfigError, match="step 1: the gradient of 1 of 14 lora_B is zero"):
-            update(model, parameters, optimizer, [batch("a:1")], 1, 1.0)
-        update(model, parameters, optimizer, [batch("a:1")], 2, 1.0)
+            update(passes, optimizer, [batch("a:1")], 1, 1.0)
+        update(passes, optimizer, [batch("a:1")], 2, 1.0)
 
 
 # Steps that stand out
@@ -212,7 +210,7 @@ class Longest(Rows):
 
     asked = 0
 
-    def longest(self, number=0):
+    def longest(self, number=0, parts=1):
         self.asked += 1
         return collate([max(self.rows, key=lambda row: len(row[0]))])
 
@@ -231,11 +229,12 @@ def test_the_dry_step_changes_no_digit(tmp_path):
 
 def test_the_dry_step_takes_the_memory_of_states_and_gradients_and_leaves_no_gradient():
     model = Toy()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    passes = Passes(model)
+    parameters = passes.parameters
     optimizer = make_optimizer(parameters, OptimizerConfig())
     seen = []
     model.dropout.register_forward_hook(lambda *_: seen.extend(p.grad is not None for p in parameters.values()))
-    dry_step(model, parameters, optimizer, collate(ROWS))
+    dry_step(passes, optimizer, collate(ROWS))
     assert seen == [True, True]
     assert optimizer.state_bytes > 0
     assert not optimizer.state_dict()["state"]
@@ -244,7 +243,7 @@ def test_the_dry_step_takes_the_memory_of_states_and_gradients_and_leaves_no_gra
 
 def test_memory_that_runs_out_does_so_before_the_first_step_and_is_told_in_status(tmp_path):
     class Large(Longest):
-        def longest(self, number=0):
+        def longest(self, number=0, parts=1):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
 
     with pytest.raises(torch.OutOfMemoryError):

@@ -2,12 +2,12 @@
 
 The order matters: data first, because its mistakes are the commonest and cheapest to find; seeds before the model and
 its adapters, of which parts start from random numbers; the result read back after it is written, before the run calls
-itself done.
+itself done. Several processes do all of it alike, and one of them writes.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from models.device import pick_device, pick_dtype
 from models.fingerprint import fingerprint
 from models.labelled import HEADS, labelling, load_labelled
 from models.lora import prepare_lora
+from models.parallel import shares, world
+from models.parallel.agreement import agreed
 from models.parallel.loading import loading
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.trained import save_model
@@ -33,8 +35,9 @@ from train.data.glue import measures
 from train.loop import TrainResult, Watcher, train
 from train.mmlu import MmluWatcher, examination
 from train.planner.advice import advised
+from train.planner.choose import choose
 from train.recipe import RunConfig
-from train.run import Run
+from train.run import Follower, Run
 from train.samples import sampler
 from train.seed import seed_everything
 from train.snapshot import room
@@ -91,8 +94,9 @@ class Finetuning:
         )
         begin = how.get("begin")
         start = begin.state.step if begin else 0
-        board = tensorboard(self.run, start, on=config.tensorboard)
-        with self.run, room(self.run), advised(config, self.data.manifest["longest"]), board:
+        board = tensorboard(self.run, start, on=config.tensorboard and world.is_main())
+        told, advice = world.last_words(self.run.tell_of), advised(config, self.data.manifest["longest"])
+        with self.run, told, room(self.run), advice, board:
             result = train(
                 self.model,
                 batches,
@@ -119,11 +123,14 @@ class Finetuning:
 
     def save(self) -> None:
         """Write the adapter, or the whole model with its tokenizer."""
-        if self.config.adapters:
-            save_adapter(self.model, self.result)
-        else:
-            save_model(self.model, self.result)
-            save_tokenizer(self.tokenizer, self.result)
+        with shares.whole(self.model), agreed():
+            if not world.is_main():
+                return
+            if self.config.adapters:
+                save_adapter(self.model, self.result)
+            else:
+                save_model(self.model, self.result)
+                save_tokenizer(self.tokenizer, self.result)
 
 
 def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
@@ -142,13 +149,19 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     if planned.task in HEADS:
         data.manifest["labels"] = list(planned.labels)
     check_length(data, base, config.batch_tokens)
+    config = replace(config, distributed=choose(config, data.manifest["longest"], device))  # and a resumed run keeps it
     asked = examination(config.mmlu, tokenizer, base)
     opened = run or create(config, data, tokenizer, device)
-    with opened, advised(config, data.manifest["longest"]):
+    with opened, world.last_words(opened.tell_of), advised(config, data.manifest["longest"]):
         seed_everything(config.seed)
         model = trainable_model(config, planned.labels, device)
         model.gradient_checkpointing = config.gradient_checkpointing
     return Finetuning(config, model, tokenizer, data, opened, asked)
+
+
+def way(config: RunConfig) -> str | None:
+    """How several processes share the work, as the config says once it is decided; None for one."""
+    return config.distributed if world.size() > 1 else None
 
 
 def check_length(data: Dataset, base: Description, batch_tokens: int | None) -> None:
@@ -164,11 +177,16 @@ def check_length(data: Dataset, base: Description, batch_tokens: int | None) -> 
 
 def create(config: RunConfig, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> Run:
     """A new directory, with what is trained on in it."""
-    hashes, base = {data.manifest["file"]: data.manifest["sha256"]}, fingerprint(config.model)
-    run = Run.create(config.directory(), config, overwrite=config.overwrite, device=device, data=hashes, base=base)
-    with run, room(run):
-        run.write_data(data.manifest, preview(data.train, tokenizer))
-    return run
+    directory = world.from_main(config.directory())  # its name may have the time in it
+    with agreed():
+        if not world.is_main():
+            return Follower(directory)
+        hashes, base = {data.manifest["file"]: data.manifest["sha256"]}, fingerprint(config.model)
+        given: dict[str, Any] = {"device": device, "data": hashes, "base": base, "distributed": way(config)}
+        run = Run.create(directory, config, overwrite=config.overwrite, **given)
+        with run, room(run):
+            run.write_data(data.manifest, preview(data.train, tokenizer))
+        return run
 
 
 def trainable_model(config: RunConfig, labels: tuple[str, ...], device: torch.device) -> Model:

@@ -7,7 +7,6 @@ that it sets. What is said here is small and goes over the CPU, whatever the mod
 Every function but the first three has to be called by all processes in the same order.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +14,14 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from kernels.planned import stand
+from models.errors import ConfigError
+from models.parallel.board import launched, launched_as, number, reach
+from models.parallel.failure import doing as doing
+from models.parallel.failure import last_words as last_words
+from models.parallel.failure import watched
+from models.parallel.watch import TIMEOUT
 
 T = TypeVar("T")
 
@@ -35,35 +42,54 @@ def is_main() -> bool:
 
 
 def joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def launched() -> int:
-    """How many processes the launcher that started this one said there are; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Is this one of several processes? (While it plans a step that it does not make, it is alone.)"""
+    return dist.is_available() and dist.is_initialized() and stand.kind is None
 
 
 @contextmanager
-def world(device: torch.device | str, timeout: float = 600.0) -> Iterator[torch.device]:
+def world(device: torch.device | str, timeout: float = TIMEOUT) -> Iterator[torch.device]:
     """Be one of the processes that the launcher started, and give the device of this one.
 
-    They meet on entering and wait for each other on leaving in good order. `timeout` is how many seconds any of them
-    waits for the others in one collective. Alone, nothing happens.
+    They meet on entering, and leave together. `timeout` is how many seconds any of them waits for the others, in a
+    collective or at either end. If one fails, all do: see `failure`. Alone, nothing happens.
     """
     device = torch.device(device)
     if launched() == 1 or joined():
         yield device
         return
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = own(device, number("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    try:
-        yield device
-        dist.barrier()  # whoever leaves first would take the connections with it
-    finally:
-        dist.destroy_process_group()
+    with watched() as watch:
+        assert watch is not None
+        watch.timeout = timeout
+        watch.gather()
+        with doing():
+            dist.init_process_group(
+                backend,
+                timeout=timedelta(seconds=timeout),
+                store=reach(),
+                rank=launched_as(),
+                world_size=launched(),
+            )
+            yield device
+        watch.leave()  # whoever goes first would take the connections with it
+        dist.destroy_process_group()  # after a failure that might wait for those who are gone
+
+
+def own(device: torch.device, here: int) -> torch.device:
+    """The device of this process, one of so many on this machine: of GPUs, that with its number."""
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ConfigError(f"device: several processes work on cpu or cuda, not on {device}")
+    if device.index is not None and here > 1:
+        raise ConfigError(f"device: {device} is one GPU, but {here} processes need one each; give cuda")
+    gpus = torch.cuda.device_count()
+    if here > gpus:
+        raise ConfigError(f"{here} processes need a GPU each, and this machine has {gpus}; start fewer, or give cpu")
+    return torch.device("cuda", number("LOCAL_RANK", 0)) if device.index is None else device
 
 
 def sums(*numbers: float) -> tuple[float, ...]:

@@ -26,7 +26,7 @@ def measured_peak(job: Job, device: str = "cpu") -> int:
     """
     small = replace(job, raw=with_layers(job.raw, 1), max_len=8, target_len=8, accumulation=1)
     with own_workspaces():
-        steps_taken(prepared(small, torch.device(device)), 1)
+        steps_taken(prepared(small, torch.device(device)))
     with own_workspaces():
         return peak_of_tensors(job, torch.device(device))
 
@@ -37,10 +37,10 @@ def peak_of_tensors(job: Job, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         stepper = prepared(job, device)
         torch.cuda.reset_peak_memory_stats(device)
-        steps_taken(stepper, job.accumulation)
+        steps_taken(stepper)
         return torch.cuda.max_memory_allocated(device) - before
 
-    return allocated_at_once(lambda: prepared(job, device), lambda stepper: steps_taken(stepper, job.accumulation))
+    return allocated_at_once(lambda: prepared(job, device), steps_taken)
 
 
 def allocated_at_once(prepare: Callable[[], T], work: Callable[[T], object]) -> int:
