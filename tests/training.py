@@ -135,6 +135,23 @@ def another_base(name: str):
     return patched(train.preparation, "trainable_model", make)
 
 
+def unreached():
+    """The model has a parameter that its loss does not depend on."""
+    import torch
+
+    import train.preparation
+
+    def make(trainable_model):
+        def other(*arguments):
+            model = trainable_model(*arguments)
+            model.model.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
+            return model
+
+        return other
+
+    return patched(train.preparation, "trainable_model", make)
+
+
 def base_kept():
     """Raise unless this process's part of every weight that is not trained is the same, to the bit, after training."""
     import torch
@@ -173,5 +190,6 @@ EVENTS = {
     "request": request,
     "poison": poison,
     "another base": another_base,
+    "unreached": unreached,
     "base kept": base_kept,
 }
