@@ -28,7 +28,7 @@ class T5(Model):
     """Encoder and decoder over one embedding, with a head that may be the embedding itself."""
 
     task_type = "SEQ_2_SEQ_LM"
-    entries = ("loss", "encode", "decode")
+    entries = ("loss", "encode", "decode", "new_cache")
     always_dense = ("wo",)
 
     def __init__(self, config: T5Config) -> None:

@@ -19,7 +19,7 @@ their gradients and the optimizer's states are counted apart, as the host's.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -139,23 +139,16 @@ class Sharing:
         if self.offload:
             for share in self.share_of.values():
                 self.to_host(share)
-        self.root = root = self.units[-1]
-        plain = model.loss
+        self.root = self.units[-1]
+        for name in model.entries:
+            setattr(model, name, partial(self.run, getattr(model, name)))
 
-        def loss(**inputs: Any) -> Tensor:
-            self.enter(root, (), {})
-            made = plain(**inputs)
-            self.leave(root, made)
-            return made
-
-        model.loss = loss  # pyrefly: ignore[bad-assignment]
-
-    def to_host(self, tensor: Tensor) -> None:
-        """Let a tensor be in the CPU's memory."""
-        entry = self.ledger.live[tensor.untyped_storage()._cdata]
-        if entry.nbytes:
-            self.host[str(entry.label)] += entry.nbytes
-            self.ledger.resize(tensor, 0, entry.label)
+    def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One of the model's entries, around which the root is put together."""
+        self.enter(self.root, (), {})
+        output = method(*args, **kwargs)
+        self.leave(self.root, output)
+        return output
 
     def begin(self, states: Tensor) -> None:
         """The step that is planned begins: the optimizer has its states, and what was sent before is forgotten."""
@@ -168,6 +161,12 @@ class Sharing:
         """What is sent in a step of so many micro-batches, by what was sent in the one that was gone through."""
         forward, backward = (self.sizes[when] // self.sizes["rounds"] for when in ("forward", "backward"))
         return Traffic(self.processes, rounds, forward, backward, self.sizes["reduced"], 0)
+
+    def to_host(self, tensor: Tensor) -> None:
+        """Let a tensor be in the CPU's memory."""
+        entry = self.ledger.live[tensor.untyped_storage()._cdata]
+        self.host[str(entry.label)] += entry.nbytes
+        self.ledger.resize(tensor, 0, entry.label)
 
     @contextmanager
     def labelled(self, label: str) -> Iterator[None]:
@@ -200,7 +199,7 @@ class Sharing:
     def leave(self, unit: Unit, output: Any) -> None:
         if in_backward():
             return
-        if unit is not self.root:
+        if unit is not self.root or unit.when != "forward":  # an entry that was called by another has ended before
             self.let_go(unit)
         unit.order.append(len(self.ran))
         self.ran.append(unit)
