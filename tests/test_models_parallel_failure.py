@@ -1,11 +1,16 @@
 """However one process of a job fails, all end within seconds, and the person is told once why."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from models.errors import DataError, PeerError
 from models.parallel import world
+from models.parallel.board import address, is_gone, neighbours
 from models.parallel.collectives import collective, is_late, is_of_collective, said
 from models.parallel.failure import watched
 from models.parallel.watch import in_words
@@ -178,6 +183,24 @@ def test_a_collective_is_named_by_what_was_called():
         dist.destroy_process_group()
     assert collective(caught.value) == "broadcast_object_list"
     assert collective(RuntimeError("never raised")) == "a collective"
+
+
+def test_a_process_is_gone_before_its_parent_has_noticed():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert not is_gone(child.pid)
+    child.communicate(b"\n")
+    assert is_gone(child.pid)
+    unnoticed = os.fork()
+    if unnoticed == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, unnoticed, os.WEXITED | os.WNOWAIT)
+    assert is_gone(unnoticed)
+    os.waitpid(unnoticed, 0)
+
+
+def test_only_processes_that_see_each_other_are_neighbours():
+    here = address().rpartition(" ")[0]
+    assert neighbours({0: f"{here} 17", 1: "another machine 18", 2: address()}) == {0: 17, 2: os.getpid()}
 
 
 def test_an_end_is_put_into_words():

@@ -37,6 +37,21 @@ def script(tmp_path, *lines):
     return [sys.executable, str(path)]
 
 
+@pytest.fixture
+def typed():
+    """Something on standard input, which is for whoever reads it on purpose."""
+    reading, writing = os.pipe()
+    os.write(writing, b"typed")
+    os.close(writing)
+    before = os.dup(0)
+    os.dup2(reading, 0)
+    yield
+    os.dup2(before, 0)
+    os.close(before)
+    os.close(reading)
+
+
+@pytest.mark.usefixtures("typed")
 def test_processes_know_who_they_are_and_speak_for_themselves(tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     command = script(

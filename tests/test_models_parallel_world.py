@@ -8,7 +8,7 @@ def talk():
     alone = world.size()
     with world.world("cpu", timeout=30):
         here = world.rank()
-        return {
+        found = {
             "alone": alone,
             "size": world.size(),
             "main": world.is_main(),
@@ -18,11 +18,13 @@ def talk():
             "from_all": world.from_all([here]),
             "rows": [list(shares.rows(count)) for count in (5, 1, 0)],
         }
+    return found | {"joined": world.joined()}
 
 
 def test_processes_say_the_same_but_for_who_they_are():
     first, second = together(talk, 2)
     assert (first["alone"], first["size"], second["size"]) == (1, 2, 2)
+    assert not first["joined"]
     assert (first["main"], second["main"]) == (True, False)
     for name, expected in {
         "sums": (3.0, 1.0),

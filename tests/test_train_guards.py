@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import models
 from models.errors import ConfigError, NonFiniteError
+from models.parallel import world
 from tests import tiny
 from tests.test_train_loop import CONFIG, ROWS, Rows, Toy, a_run, collate, text, train_lines
 from train.data.batches import Batch
@@ -42,15 +43,34 @@ def batch(*wheres, value=5):
 # Seeds of steps
 
 
-def test_a_steps_seed_depends_on_both_numbers_and_on_nothing_that_came_before():
-    def draw(seed, step):
+def test_a_micro_batchs_seed_depends_on_its_numbers_and_on_nothing_that_came_before():
+    def draw(*numbers):
         torch.rand(7)
-        seed_step(seed, step)
+        seed_step(*numbers)
         return torch.rand(1).item()
 
-    drawn = {(seed, step): draw(seed, step) for seed in range(5) for step in range(20)}
+    numbers = [(seed, step, place) for seed in range(5) for step in range(20) for place in range(3)]
+    drawn = {key: draw(*key) for key in numbers}
     assert all(draw(*key) == value for key, value in drawn.items())
-    assert len(set(drawn.values())) == 100, "seed 1's step 2 is not seed 2's step 1"
+    assert len(set(drawn.values())) == 300, "seed 1's step 2 is not seed 2's step 1"
+    assert draw(4, 7) == drawn[4, 7, 0]
+
+
+def test_each_micro_batch_of_a_step_draws_by_its_own_number(tmp_path):
+    drawn = []
+
+    class Draws(Toy):
+        def loss(self, input_ids, attention_mask, labels):
+            drawn.append(torch.rand(1).item())
+            return super().loss(input_ids, attention_mask, labels)
+
+    a_run(tmp_path, replace(CONFIG, accumulation=4, max_steps=2), model=Draws(), seed=6)
+    expected = []
+    for step in (1, 2):
+        for place in range(4):
+            seed_step(6, step, place)
+            expected.append(torch.rand(1).item())
+    assert drawn == expected
 
 
 # Steps that are no numbers
@@ -146,6 +166,15 @@ def test_every_b_must_have_a_gradient_that_is_not_zero(checkpoint):
         check_all_moved(parameters)
 
 
+def test_a_b_that_moves_in_another_process_is_good(checkpoint, monkeypatch):
+    passes = Passes(llama(checkpoint))
+    passes.model.loss(**batch("a:1").inputs).backward()
+    silent = passes.parameters["model.layers.1.mlp.down_proj.lora_B.weight"]
+    silent.grad = torch.zeros_like(silent)
+    monkeypatch.setattr(world, "most", lambda *flags: (1.0,) * len(flags))
+    check_all_moved(passes.parameters)
+
+
 def test_the_first_step_looks_at_every_b_and_later_ones_do_not(checkpoint):
     model = llama(checkpoint)
     passes = Passes(model)
@@ -194,6 +223,12 @@ def test_the_longest_example_is_found_in_packed_rows_too():
     packed = Batch({"input_ids": mask, "attention_mask": mask, "labels": mask}, tuple("abcde"))
     assert longest([packed]) == "b (4 tokens)"
     assert longest([Batch({"input_ids": mask, "labels": mask}, ("a", "b"))]) == "a (7 tokens)"
+
+
+def test_the_longest_example_is_that_of_all_processes(monkeypatch):
+    monkeypatch.setattr(world, "from_all", lambda found: [found, ("there:1", 9), ("there:2", 3)])
+    assert longest([marked(4, 6)]) == "there:1 (9 tokens)"
+    assert longest([marked(4, 12)]).endswith("(12 tokens)")
 
 
 def test_a_remark_goes_to_the_log_and_changes_nothing(tmp_path):

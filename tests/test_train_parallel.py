@@ -92,6 +92,7 @@ def both(folder, flags, alone, token):
         "poison": ("train", flags("poison", *FSDP, *nothing, "--no-dry-step"), ("poison", token)),
         "poison ddp": ("train", flags("poison-ddp", *DDP, *nothing, "--no-dry-step"), ("poison", token)),
         "other": ("train", flags("other"), ("another base", "model.layers.1.mlp.up_proj.weight")),
+        "unreached": ("train", flags("unreached", *DDP), ("unreached",)),
         "done": go_on(folder, "fsdp"),
         "there": ("train", flags("fsdp", *FSDP)),
     }
@@ -270,6 +271,12 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both_with_one_report(fold
     assert any(where.endswith(":9") for where in named)
     assert len(named) == len(set(named)), "each example is in one process's part"
     assert (run / "STATUS").read_text().startswith("failed: step ")
+
+
+def test_a_parameter_that_the_loss_does_not_reach_is_named(both):
+    said = {made["unreached"]["error"] for made in both}
+    assert len(said) == 1
+    assert "trainable parameters got no gradient: model.idle; the loss does not depend on them" in said.pop()
 
 
 def test_processes_that_begin_with_other_weights_are_refused(both):

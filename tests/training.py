@@ -16,10 +16,15 @@ def commands(jobs: list[tuple[Any, ...]], timeout: float = 60.0) -> list[dict[st
     import train.loop
     from models.parallel import world
 
-    warnings.simplefilter("error")
-    train.loop.plot_runs = lambda runs, target: []  # a second for each run, and pictures have tests of their own
-    with world.world("cpu", timeout=timeout):
-        return [one(*job) for job in jobs]
+    with warnings.catch_warnings(), patched(train.loop, "plot_runs", lambda plot: unplotted):
+        warnings.simplefilter("error")
+        with world.world("cpu", timeout=timeout):
+            return [one(*job) for job in jobs]
+
+
+def unplotted(runs: Any, target: Path) -> list[Path]:
+    """No pictures: they have tests of their own, and take a second for each run."""
+    return []
 
 
 def one(verb: str, arguments: list[str], happens: tuple[Any, ...] = ()) -> dict[str, Any]:
@@ -135,6 +140,23 @@ def another_base(name: str):
     return patched(train.preparation, "trainable_model", make)
 
 
+def unreached():
+    """The model has a parameter that its loss does not depend on."""
+    import torch
+
+    import train.preparation
+
+    def make(trainable_model):
+        def other(*arguments):
+            model = trainable_model(*arguments)
+            model.model.register_parameter("idle", torch.nn.Parameter(torch.zeros(3)))
+            return model
+
+        return other
+
+    return patched(train.preparation, "trainable_model", make)
+
+
 def base_kept():
     """Raise unless this process's part of every weight that is not trained is the same, to the bit, after training."""
     import torch
@@ -173,5 +195,6 @@ EVENTS = {
     "request": request,
     "poison": poison,
     "another base": another_base,
+    "unreached": unreached,
     "base kept": base_kept,
 }

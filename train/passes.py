@@ -27,9 +27,6 @@ from train.data.batches import Batch
 class Passes:
     """The way of one process, and what the others have in common with it."""
 
-    kind: str | None = None
-    """What it is called in settings; None for a process that is alone."""
-
     def __init__(self, model: Any) -> None:
         self.model = model
         self.parameters = trainable(model)
@@ -68,8 +65,6 @@ class Passes:
 class Replicated(Passes):
     """Every process has the whole model: torch's DistributedDataParallel."""
 
-    kind = "ddp"
-
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         refuse_another_start(model)
@@ -90,8 +85,6 @@ class Replicated(Passes):
 class Sharded(Passes):
     """Every process has its rows: torch's FSDP2, which `models.parallel.shard` has told what belongs together."""
 
-    kind = "fsdp"
-
     def __init__(self, model: Any) -> None:
         shares.let_go(model)  # after an evaluation some weights are still put together
         super().__init__(model)
@@ -103,7 +96,9 @@ class Sharded(Passes):
 
     def finish(self) -> None:
         for name, parameter in self.parameters.items():
-            self.moved[name].grad = None if parameter.grad is None else shares.local(parameter.grad)
+            moved = self.moved[name]
+            assert moved.data_ptr() == shares.local(parameter.detach()).data_ptr(), f"{name} has been put elsewhere"
+            moved.grad = None if parameter.grad is None else shares.local(parameter.grad)
 
     def norm(self) -> Tensor:
         own = super().norm()

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 import kernels
 from models import LoraConfig, attach_lora
@@ -23,7 +22,8 @@ from models.model import Model
 from models.parallel.shard import ShardConfig, shard
 from models.t5 import T5
 from models.whole import train_whole
-from nf4 import QuantConfig, QuantizedTensor, code_bits
+from nf4 import QuantConfig
+from nf4.sizes import without_memory
 from train.data.batches import Batch
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.paged.fused import FusedOptimizer
@@ -132,7 +132,7 @@ def assembled(job: Job, device: torch.device) -> Model:
     for name, shape in {name: p.shape for name, p in model.named_parameters()}.items():
         quant = job.quant if name in linears and not linears[name].in_head else None
         if quant is not None and device.type == "meta":
-            place(model, name, coded(shape, job.dtype, quant))
+            place(model, name, without_memory(shape, job.dtype, quant))
             continue
         weight = torch.empty(shape, dtype=job.dtype, device=device)
         if generator is not None:
@@ -150,21 +150,6 @@ def without_notes() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
-
-
-def coded(shape: torch.Size, dtype: torch.dtype, config: QuantConfig) -> QuantizedTensor:
-    """A stored weight without memory. (`check_sizes` refuses sizes that are not those of the format.)"""
-    n = shape.numel()
-    blocks = -(-n // config.block_size)
-
-    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
-
-    packed = empty(-(-n * code_bits(config.codebook) // 8), dtype=torch.uint8)
-    if not config.double_quant:
-        return QuantizedTensor(packed, empty(blocks), None, None, None, tuple(shape), dtype, config)
-    codes, nested = empty(blocks, dtype=torch.uint8), empty(-(-blocks // config.nested_block_size))
-    return QuantizedTensor(packed, None, codes, nested, empty(), tuple(shape), dtype, config)
 
 
 def batch_for(model: Model, job: Job) -> Batch:
