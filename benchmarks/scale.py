@@ -26,9 +26,10 @@ from train.planner.gpus import GIB, GPUS, Gpu, gpu
 from train.planner.jobs import paper_job
 from train.planner.paper import FIGURE_6
 from train.planner.plan import CODES, GRADIENTS, KEPT, LABELS, STATES, Plan
-from train.planner.sharing import GATHERED, SENT
+from train.planner.sharing import SENT
 from train.planner.step import Job
 from train.planner.switches import plan
+from train.planner.units import GATHERED
 
 MODELS = tuple(FIGURE_6)
 PROCESSES = (1, 2, 4, 8)

@@ -14,21 +14,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from kernels import dense
-from kernels.planned import in_backward
 from models.linear import NF4Linear
-from models.model import Stack
 from models.precision import ADAPTERS, Parts, part_of, parts_in_memory
 from train.optimizer import PAGED, make_optimizer
 from train.planner.gpus import Gpu
 from train.planner.layers import layers_of, with_layers
 from train.planner.ledger import KEPT, WORK, Ledger, Segment
-from train.planner.sharing import GATHERED, GRADIENTS, SENT, SharedPasses, Sharing
+from train.planner.segments import described, follow, place_of
+from train.planner.sharing import GRADIENTS, SENT, SharedPasses, Sharing
 from train.planner.simulation import DECODED, LOGITS, simulated
 from train.planner.step import Job, Stepper, prepared, steps_taken
 from train.planner.traffic import Traffic
+from train.planner.units import GATHERED
 
 FEW = 3  # blocks of the smaller of two models
 CODES, SCALES = "codes", "scales"
@@ -191,40 +190,6 @@ def label_model(ledger: Ledger, stepper: Stepper) -> None:
         )
 
 
-def follow(ledger: Ledger, model: nn.Module) -> None:
-    """Have the ledger know which block is at work, forward or backward."""
-    for s, stack in enumerate(m for m in model.modules() if isinstance(m, Stack)):
-        for i, block in enumerate(stack.blocks):
-            block.register_forward_pre_hook(entering(ledger, s, i))
-            block.register_forward_hook(leaving(ledger, s, i))
-
-
-def entering(ledger: Ledger, s: int, i: int) -> Any:
-    def hook(*_: Any) -> None:
-        if not in_backward():
-            ledger.enter(("forward", s, i))
-
-    return hook
-
-
-def leaving(ledger: Ledger, s: int, i: int) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        if not in_backward():
-            ledger.enter(("after", s, i))
-            output.register_hook(lambda gradient: ledger.enter(("backward", s, i)))
-
-    return hook
-
-
-def place_of(segment: Segment, count: int) -> Segment:
-    """A segment with its block told by its place among `count`: first, second, last, or one of those between."""
-    if len(segment) < 3:
-        return segment
-    kind, stack, i = segment
-    place = "last" if i == count - 1 else ("first", "second")[i] if i < 2 else "middle"
-    return (kind, stack, place)
-
-
 def extended(small: Run, large: Run, more: int) -> Run:
     """What as many more blocks as the smaller run has would give, each adding what the larger one's does."""
     segments = {
@@ -245,15 +210,3 @@ def extended(small: Run, large: Run, more: int) -> Run:
 
 def line(one: int, other: int, more: int) -> int:
     return one + (other - one) * more
-
-
-def described(segment: Segment) -> str:
-    """A segment in words."""
-    if segment == ("update",):
-        return "in the update"
-    if len(segment) < 3:
-        return "before the first block"
-    kind, _, place = segment
-    if kind == "after":
-        return "at the loss" if place == "last" else f"after the {place} block"
-    return f"in the {place} block, {kind}"

@@ -21,7 +21,6 @@ their gradients and the optimizer's states are counted apart, as the host's.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,9 +35,9 @@ from train.passes import Passes
 from train.planner.ledger import Ledger
 from train.planner.step import Job
 from train.planner.traffic import Traffic
+from train.planner.units import Passed, Shared, Unit
 
 GRADIENTS = "gradients"
-GATHERED = "gathered"
 SENT = "sent"
 
 
@@ -53,62 +52,6 @@ class SharedPasses(Passes):
     def backward(self, batch: Batch, weight: float, last: bool) -> Tensor:
         self.sharing.last = last
         return super().backward(batch, weight, last)
-
-
-class Shared:
-    """A parameter, of which a process has some rows; the model's own is made whole and let go of."""
-
-    def __init__(self, ledger: Ledger, whole: nn.Parameter, processes: int, dtype: torch.dtype | None) -> None:
-        """`dtype` is what it is cast to where it is put together, if to another than its own."""
-        self.ledger, self.whole = ledger, whole
-        rows = -(-whole.shape[0] // processes)
-        entry = ledger.live[whole.untyped_storage()._cdata]
-        before, ledger.label = ledger.label, entry.label
-        share = torch.empty((rows, *whole.shape[1:]), dtype=whole.dtype, device="meta")
-        ledger.label = before
-        self.share = nn.Parameter(share, requires_grad=whole.requires_grad)
-        self.cast = dtype is not None and whole.is_floating_point() and dtype != whole.dtype
-        if self.cast:
-            whole.data = torch.empty(whole.shape, dtype=dtype, device="meta")
-        self.nbytes = share.numel() * whole.element_size()
-        """Of the share, as it is sent."""
-        self.processes = processes
-        self.summed: Tensor | None = None
-        ledger.resize(whole, 0, GATHERED)
-
-    def put_together(self) -> None:
-        self.ledger.resize(self.whole, self.nbytes * self.processes, GATHERED)
-
-    def let_go(self) -> None:
-        self.ledger.resize(self.whole, 0, GATHERED)
-
-    def keep_gradient(self, dtype: torch.dtype | None) -> None:
-        """Sum what autograd has made in the dtype of sums."""
-        if self.summed is not None or (self.whole.grad is not None and dtype not in (None, self.whole.grad.dtype)):
-            made = self.gradient()
-            assert made is not None
-            self.summed = made.to(dtype)
-
-    def gradient(self) -> Tensor | None:
-        """The whole gradient, which is handed over."""
-        made, self.whole.grad = self.whole.grad, None
-        if self.summed is None:
-            return made
-        summed, self.summed = self.summed, None
-        return summed.add_(made) if made is not None else summed
-
-
-@dataclass(eq=False)
-class Unit:
-    """Parameters that are put together at once."""
-
-    parameters: list[Shared]
-    whole: bool = False
-    buffer: Tensor | None = None
-    """What is on its way."""
-    when: str = "idle"
-    order: list[int] = field(default_factory=list)
-    """Its places among the units that have run forward."""
 
 
 class Sharing:
@@ -194,7 +137,7 @@ class Sharing:
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.requires_grad]
         if inside or not inputs or not torch.is_grad_enabled():
             return None
-        passed = dict(zip(map(id, inputs), Passed.apply(self, unit, *inputs), strict=True))
+        passed = dict(zip(map(id, inputs), Passed.apply(partial(self.after_backward, unit), *inputs), strict=True))
         return tuple(passed.get(id(v), v) for v in args), {name: passed.get(id(v), v) for name, v in kwargs.items()}
 
     def leave(self, unit: Unit, output: Any) -> None:
@@ -302,17 +245,3 @@ class Sharing:
         self.ran.clear()
         self.leaving = None
         self.sizes["rounds"] += 1
-
-
-class Passed(torch.autograd.Function):
-    """What goes into a unit, unchanged; when its gradient comes out, the unit's backward is done."""
-
-    @staticmethod
-    def forward(ctx: Any, sharing: Sharing, unit: Unit, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.sharing, ctx.unit = sharing, unit
-        return inputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        ctx.sharing.after_backward(ctx.unit)
-        return (None, None, *gradients)
