@@ -245,7 +245,7 @@ def test_the_script_for_a_lent_gpu_writes_a_file_for_each_part(tmp_path, monkeyp
         assert found.keys() >= PROVENANCE
         assert (found["benchmark"], found["commit"], found["failures"]) == (name, "abc", [])
         assert found["rows"]
-    assert capsys.readouterr().out.count("wrong: nothing") == 6
+    assert capsys.readouterr().out.count("wrong: nothing") == 7
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
