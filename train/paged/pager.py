@@ -18,6 +18,7 @@ from train.paged.cudart import CPU, Advice, CudaError
 log = logging.getLogger(__name__)
 
 ByteRanges = Sequence[tuple[int, int]]
+PAGE = 4096  # bytes; CUDA says that it rounds a range outwards to pages, but does not count those that are cut
 
 
 class Pager:
@@ -74,6 +75,7 @@ class Pager:
         try:
             for start, stop in ranges:
                 if start < stop:
+                    start, stop = start // PAGE * PAGE, min(-(-stop // PAGE) * PAGE, self.arena.nbytes)
                     self.arena.prefetch(start, stop, location, stream)
         except CudaError as error:
             self.tell(error)

@@ -4,6 +4,7 @@ This knows nothing of the simulation: the events come from the allocator, from i
 has real, random weights.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -33,7 +34,7 @@ def measured_peak(job: Job, device: str = "cpu") -> int:
 
 def peak_of_tensors(job: Job, device: torch.device) -> int:
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        gc.collect()  # what earlier steps left in cycles would otherwise go in the middle of this one
         before = torch.cuda.memory_allocated(device)
         stepper = prepared(job, device)
         torch.cuda.reset_peak_memory_stats(device)
