@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels import reference
-from kernels.decode import STORED, block_scale, constants, decodable, decoded_scaled, places, stored, tile
+from kernels.decode import STORED, block_scale, constants, decodable, decoded_scaled, places, prefetch, stored, tile
 from kernels.epilogue import arrivals, arrive_last, split, sum_of_parts
 from kernels.launch import Launch, Shipped
 from kernels.product import TYPES, launches, operands, rank_block
@@ -31,7 +31,7 @@ from nf4 import QuantConfig, QuantizedTensor
 
 LIMIT = 256  # tokens; beyond, decoding W once and a dense product should be faster: to be measured
 
-LAUNCH = Launch({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3)
+LAUNCH = Launch({"BLOCK_M": 64, "BLOCK_N": 128, "PREFETCH": True}, num_warps=4, num_stages=3)
 
 
 def accepts(dy: Float[Tensor, "M N"], q: QuantizedTensor) -> bool:
@@ -70,7 +70,7 @@ def grad_by(
     fixed = constants(q.config, dy.dtype, scaled=True)
     group, block_m, block_n = fixed["GROUP"], launch.constants["BLOCK_M"], launch.constants["BLOCK_N"]
     across, down = -(-M // block_m), K // group
-    parts, rounds = split(across * down, -(-N // block_n), dy.device)
+    parts, rounds = split(across * down, -(-N // block_n), dy.device, launch.resident)
     partial, arrived = dx, dx  # not used in a single part
     if parts > 1:
         partial = torch.empty(across * down * parts * block_m * group, dtype=torch.float32, device=dy.device)
@@ -139,6 +139,7 @@ def grad_kernel(
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     W: tl.constexpr = GROUP // 8
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
@@ -151,6 +152,11 @@ def grad_kernel(
         offset = tl.load(offset_ptr)
 
     first = tl.program_id(2) * rounds
+    if PREFETCH:
+        for i in range(first, tl.minimum(first + rounds, tl.cdiv(N, BLOCK_N))):
+            row = tl.minimum(i * BLOCK_N + n, N - 1).to(tl.int64)
+            prefetch(words_ptr + row * (K // 8) + column * W, 4 * W, INTERPRET)
+            prefetch(scales_ptr + (row * (K // GROUP) + column) // GROUPS, 1, INTERPRET)
     words = words_ptr + (first * BLOCK_N + n).to(tl.int64)[:, None] * (K // 8) + word[None, :]
     dys = dy_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * N + n[None, :]
     acc = tl.zeros((BLOCK_M, GROUP), tl.float32)

@@ -23,7 +23,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.decode import block_scale, decodable, decoded_scaled, places, tile
+from kernels.decode import block_scale, decodable, decoded_scaled, places, prefetch, tile
 from kernels.epilogue import complete
 from kernels.launch import Launch, Shipped
 from kernels.product import launch_product, launches, product_trial, shipped_product
@@ -31,7 +31,7 @@ from nf4 import QuantizedTensor
 
 FEWEST, LIMIT = 33, 256  # tokens; beyond, decoding W once and a dense product should be faster: to be measured
 
-LAUNCH = Launch({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=4, num_stages=3)
+LAUNCH = Launch({"BLOCK_M": 64, "BLOCK_N": 128, "PREFETCH": True}, num_warps=4, num_stages=3)
 
 
 def accepts(x: Float[Tensor, "M K"], q: QuantizedTensor) -> bool:
@@ -83,12 +83,14 @@ def mid_kernel(
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     W: tl.constexpr = GROUP // 8
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1)  # beyond the edge the last row again: its product is not stored, and nothing is masked
-    words = words_ptr + row.to(tl.int64)[:, None] * (K // 8) + tl.arange(0, W)[None, :]
+    words = words_ptr + row.to(tl.int64) * (K // 8)
+    word = tl.arange(0, W)[None, :]
     xs = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[None, :] * K + places(W)[:, None]
     group = row * (K // GROUP)
     offset = 0.0
@@ -96,11 +98,15 @@ def mid_kernel(
         offset = tl.load(offset_ptr)
 
     first = tl.program_id(2) * rounds
+    last = tl.minimum(first + rounds, K // GROUP)
+    if PREFETCH:
+        prefetch(words + first * W, (last - first) * 4 * W, INTERPRET)
+        prefetch(scales_ptr + (group + first) // GROUPS, (last - first) // GROUPS, INTERPRET)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for g in range(first, tl.minimum(first + rounds, K // GROUP)):
+    for g in range(first, last):
         scale = block_scale((group + g) // GROUPS, scales_ptr, map_ptr, nested_ptr, offset, NESTED)
         v0, v1, v2, v3 = decoded_scaled(
-            tl.load(words + g * W), scale[:, None], levels_ptr, x_ptr.dtype.element_ty, ASM, INTERPRET
+            tl.load(words[:, None] + g * W + word), scale[:, None], levels_ptr, x_ptr.dtype.element_ty, ASM, INTERPRET
         )
         w = tile(v0, v1, v2, v3).to(x_ptr.dtype.element_ty, bitcast=True)  # (BLOCK_N, GROUP)
         acc = tl.dot(w, tl.load(xs + g * GROUP), acc, input_precision="ieee")

@@ -39,7 +39,7 @@ def launch_product(
     fixed = constants(q.config, x.dtype, scaled)
     block_m, block_n = launch.constants["BLOCK_M"], launch.constants["BLOCK_N"]
     across, down = -(-M // block_m), -(-N // block_n)
-    parts, rounds = split(across * down, K // fixed["GROUP"], x.device)
+    parts, rounds = split(across * down, K // fixed["GROUP"], x.device, launch.resident)
     partial, arrived = y, y  # not used in a single part
     if parts > 1:
         partial = torch.empty(across * down * parts * block_m * block_n, dtype=torch.float32, device=x.device)
@@ -68,7 +68,7 @@ def launch_product(
 
 def launches(tokens: tuple[int, ...], outputs: tuple[int, ...]) -> list[Launch]:
     """Launches worth timing for tiles of these sizes."""
-    tiles = [{"BLOCK_M": m, "BLOCK_N": n} for m in tokens for n in outputs]
+    tiles = [{"BLOCK_M": m, "BLOCK_N": n, "PREFETCH": True} for m in tokens for n in outputs]
     return [Launch(tile, warps, stages) for tile in tiles for warps in (4, 8) for stages in (2, 3, 4, 5)]
 
 
