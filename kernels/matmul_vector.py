@@ -259,7 +259,7 @@ def variant(M: int, dtype: torch.dtype, config: QuantConfig, full: bool, instruc
         signature=signature,
         launch=Launch({**compiled_for, **launch.constants}, launch.num_warps, launch.num_stages),
         aligned=tuple(name for name in signature if name.endswith("_ptr") or name in ("N", "K")),
-        weights_per_thread=tile / (32 * launch.num_warps) if full else None,
+        weights_per_thread=tile / (32 * launch.num_warps) if instructions else None,
         instructions=instructions,
     )
 
