@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ VERBS = {
     "plot": Verb("train.plot", "PlotOptions", "command", "loss and learning-rate plots of runs"),
 }
 
+HARMLESS = {"doctor", "list"}
+"""Verbs of one process that may be started as several: only the first prints."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code says how it went (see README)."""
@@ -63,36 +67,68 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, arguments: list[str]) -> int:
+    from models.parallel.failure import end_if_broken, watched
+
+    try:
+        with watched(partial(tell, name, "--json" in arguments)):
+            return work(name, arguments)
+    except BaseException as error:
+        code = exit_code(error)
+        end_if_broken(error, code)
+        if code is None:
+            raise
+        return code
+
+
+def work(name: str, arguments: list[str]) -> int:
+    """Do what a verb does, in this process or in several."""
     from rich.console import Console
 
-    from models.device import is_out_of_memory
-    from models.errors import Refusal
+    from models.parallel import launch
     from train.config import parse
 
     verb = VERBS[name]
     module = importlib.import_module(verb.module)
-    try:
+    with launch.quiet():
         options = parse(getattr(module, verb.options), arguments, prog=f"qlora {name}", description=verb.summary)
-        console = Console(stderr=options.json, highlight=False)
+    asked = getattr(options, "processes", None)
+    if (count := launch.to_start(asked)) > 1:
+        return launch.launch([sys.executable, __file__, name, *arguments], count)
+    with launch.joined(name, asked, harmless=name in HARMLESS):
+        console = Console(stderr=options.json, highlight=False, quiet=not launch.speaks())
         result = getattr(module, verb.function)(options, console)
-    except Refusal as refusal:
-        print(f"qlora {name}: {refusal}", file=sys.stderr)
-        if refusal.report is not None and "--json" in arguments:
-            print(json.dumps(refusal.report))
-        return refusal.exit_code
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+    if options.json and launch.speaks():
+        print(json.dumps(result))
+    return 0
+
+
+def exit_code(error: BaseException) -> int | None:
+    """What scripts are told of an error; None for a mistake of ours, or an exit with a code of its own."""
+    from models.device import is_out_of_memory
+    from models.errors import Refusal
+
+    if isinstance(error, Refusal):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 5 if is_out_of_memory(error) else None
+
+
+def tell(name: str, as_json: bool, error: BaseException) -> None:
+    """Say why a verb has failed; a mistake of ours shows itself, with its traceback."""
+    from models.device import is_out_of_memory
+    from models.errors import Refusal
+
+    if isinstance(error, Refusal):
+        print(f"qlora {name}: {error}", file=sys.stderr)
+        if error.report is not None and as_json:
+            print(json.dumps(error.report))
+    elif is_out_of_memory(error):
         print(f"qlora {name}: out of memory: {(str(error) or 'none is left').splitlines()[0]}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(f"qlora {name}: {note}", file=sys.stderr)
-        return 5
-    except KeyboardInterrupt:
+    elif isinstance(error, KeyboardInterrupt):
         print(f"qlora {name}: interrupted", file=sys.stderr)
-        return 130
-    if options.json:
-        print(json.dumps(result))
-    return 0
 
 
 def usage() -> str:

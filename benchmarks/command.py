@@ -35,7 +35,7 @@ class BenchOptions:
     """Measure this machine, against bitsandbytes where that is installed and against dense weights."""
 
     name: Positional[str]
-    """What to measure: kernels, training, memory or planner."""
+    """What to measure: kernels, training, memory or planner; scale: what several GPUs would take, on paper."""
     device: str = "auto"
     """Where to measure."""
     repeats: int = 7
@@ -153,11 +153,48 @@ def bench_planner(options: BenchOptions, console: "Console") -> Result:
     return {"rows": rows, "failures": planner.failures(rows)}
 
 
+def bench_scale(options: BenchOptions, console: "Console") -> Result:
+    """LLaMA on 1 to 8 GPUs, by plan: memory of each, what is sent, and how long that takes at least."""
+    from rich.table import Table
+
+    from benchmarks import scale
+
+    rows, small = scale.measure(), scale.two_small_gpus()
+    console.print("planned, not measured: GiB of each GPU, and what each sends in a step of 16 micro-batches, at least")
+    names = [f"{row['model']}, {row['gpus']} x {row['way']}" for row in rows]
+    show(console, names, [in_gib(row) for row in rows], ["tensors", "not_pageable", "on_CPU", "smallest_GPU", "sent"])
+    console.print(
+        f"seconds of a micro-batch, from datasheets: products at {scale.ATTAINED:.0%}, and sending at full speed"
+    )
+    table = Table("", *scale.MACHINES)
+    for name, row in zip(names, rows, strict=True):
+        if row["sent_in_round_bytes"]:
+            table.add_row(name, *(f"{t['products']:.3g}, {t['sending']:.3g}" for t in row["times"].values()))
+    console.print(table)
+    for told in small:
+        verdict = "fits" if told["fits"] else "does not fit"
+        takes = told["takes_bytes"] / 2**30
+        console.print(f"llama-65b on 2 GPUs of 24 GB with {told['with']}: {takes:.1f} GiB, {verdict}", markup=False)
+    if options.out:
+        target = Path(options.out).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scale.draw(rows, target)
+    return {"device": "none: planned", "machine": None, "attained": scale.ATTAINED, "rows": rows, "two_of_24GB": small}
+
+
+def in_gib(row: Result) -> Result:
+    """A row of `scale` as a person reads it."""
+    shown = {"tensors": "tensors_bytes", "not_pageable": "not_pageable_bytes", "on_CPU": "host_bytes"}
+    values = {name: row[key] / 2**30 for name, key in shown.items()}
+    return values | {"smallest_GPU": row["smallest_gpu_GB"], "sent": row["sent_in_step_bytes"] / 2**30}
+
+
 BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result]] = {
     "kernels": bench_kernels,
     "training": bench_training,
     "memory": bench_memory,
     "planner": bench_planner,
+    "scale": bench_scale,
 }
 
 

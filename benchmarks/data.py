@@ -29,6 +29,7 @@ from train.data.examples import open_examples
 from train.data.order import Rules, batch_sizes, order
 from train.data.tokenized import IGNORED, Tokenized
 from train.optimizer import OptimizerConfig, make_optimizer
+from train.passes import Passes
 from train.step import update
 
 SMALL = LlamaConfig(
@@ -161,7 +162,7 @@ def an_epoch(model: models.Llama, batches: Batches) -> None:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with make_optimizer(parameters, OptimizerConfig()) as optimizer:
         for number, batch in enumerate(batches.epoch(0), 2):  # step 1 is checked in ways that cost time
-            update(model, parameters, optimizer, [batch], number, 0.3)
+            update(Passes(model), optimizer, [batch], number, 0.3)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

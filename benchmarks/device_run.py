@@ -1,10 +1,11 @@
 """Everything that wants measuring on a GPU lent for an hour, by one command that needs little installed.
 
 `python -m benchmarks.device_run --out DIR [--commit HASH]` checks every operator against float64, then measures
-`kernels`, `training`, `memory`, `updates`, `planner` (what is planned beside what is measured) and, on a GPU, what
-paging does, and writes one JSON file each into DIR. A part that fails leaves its traceback in its file and the next one
-starts all the same; the exit code then is 1. `--only NAME...` does some of them, for instance beside one another where
-none of them is timed. It works on a CPU too, for testing it: `--quick` takes sizes of no interest.
+`kernels`, `training`, `memory`, `updates`, `planner` (what is planned beside what is measured), `sharing` (FSDP2 with
+one process) and, on a GPU, what paging does, and writes one JSON file each into DIR. A part that fails leaves its
+traceback in its file and the next one starts all the same; the exit code then is 1. `--only NAME...` does some of them,
+for instance beside one another where none of them is timed. It works on a CPU too, for testing it: `--quick` takes
+sizes of no interest.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import correctness, kernels, memory, paged, planner, training, updates
+from benchmarks import correctness, kernels, memory, paged, planner, sharing, training, updates
 from benchmarks.provenance import provenance
 
 QUICK_SHAPES = ((3, 64, 128),)
@@ -75,6 +76,10 @@ def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict
         rows = planner.measure(device, planner.QUICK if quick else planner.JOBS)
         return {"rows": rows, "failures": planner.failures(rows)}
 
+    def shared() -> dict[str, Any]:
+        rows = sharing.measure(setting, repeats)
+        return {"rows": rows, "failures": sharing.failures(rows)}
+
     return {
         "correctness": checked,
         "kernels": measured,
@@ -89,6 +94,7 @@ def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict
         },
         "memory": lambda: {"rows": memory.measure(setting), "failures": []},
         "planner": planned,
+        "sharing": shared,
         **({"paged": lambda: paged.measure(device, repeats)} if device == "cuda" else {}),
     }
 

@@ -29,6 +29,7 @@ from models.linear import NF4Linear
 from train.data.batches import Batch
 from train.memory import peak_memory_bytes
 from train.optimizer import Name, OptimizerConfig, make_optimizer
+from train.passes import Passes
 from train.step import update
 
 SMOLLM2 = LlamaConfig(
@@ -107,15 +108,15 @@ def judged(row: dict[str, Any]) -> dict[str, Any]:
 class Stepper:
     """A model with its optimizer and a batch; calling it makes one step."""
 
-    def __init__(self, model: Any, setting: Setting) -> None:
+    def __init__(self, model: Any, setting: Setting, passes: type[Passes] = Passes) -> None:
         self.model = model.train()
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        fill(self.parameters)
-        self.optimizer = make_optimizer(self.parameters, OptimizerConfig(name=setting.optimizer))
+        self.passes = passes(model)
+        fill(self.passes.moved)
+        self.optimizer = make_optimizer(self.passes.moved, OptimizerConfig(name=setting.optimizer))
         generator = torch.Generator().manual_seed(2)
         shape = (setting.batch, setting.tokens)
         ids = torch.randint(setting.config.vocab_size, shape, generator=generator).to(setting.device)
-        self.batch = {"input_ids": ids, "labels": ids}
+        self.batch = Batch({"input_ids": ids, "labels": ids})
         self.number = 0
         self.set_dropout(setting.dropout)
 
@@ -125,11 +126,11 @@ class Stepper:
                 module.dropout = dropout
 
     def loss(self) -> Tensor:
-        return self.model.loss(**self.batch)
+        return self.model.loss(**self.batch.inputs)
 
     def __call__(self) -> float:
         self.number += 1
-        return update(self.model, self.parameters, self.optimizer, [Batch(self.batch)], self.number, 0.3).loss
+        return update(self.passes, self.optimizer, [self.batch], self.number, 0.3).loss
 
 
 def ours(setting: Setting) -> models.Llama:

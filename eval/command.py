@@ -1,7 +1,8 @@
 """`qlora eval TARGET --task a,b`: one command for every measurement, on a checkpoint or a run.
 
 Results, samples and the answers of the model are kept in a directory, a run's own or `evals/NAME`; so an evaluation
-that was killed goes on, and one that is repeated asks the model nothing.
+that was killed goes on, and one that is repeated asks the model nothing. Of several processes each asks a part, and the
+main one keeps and writes.
 """
 
 import json
@@ -22,6 +23,9 @@ from eval.results import About, as_json, sanitized, table, write
 from models.checkpoint import describe
 from models.commit import git_commit
 from models.files import make_directory, write_whole
+from models.parallel import world
+from models.parallel.launch import Processes
+from models.parallel.watch import TIMEOUT
 from models.target import LoadOptions, resolve
 from models.tokenizer import load_tokenizer
 
@@ -65,6 +69,10 @@ class EvalOptions:
     """Write the prompts to this file, a JSON object a line, and ask the model nothing."""
     load: LoadOptions = LoadOptions()
     """How the model is loaded."""
+    nproc: int = 1
+    """Work on so many processes of this machine, a GPU each."""
+    timeout: float = TIMEOUT
+    """Seconds that a process waits for the others before it gives up."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -75,6 +83,10 @@ class EvalOptions:
             raise ValueError(f"max_chars is {self.max_chars}; it must be at least 1")
         if self.limit is not None and not (0 < self.limit < 1 or self.limit == int(self.limit) >= 1):
             raise ValueError(f"limit is {self.limit}; it must be a whole number, or a share between 0 and 1")
+
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.nproc, self.load.device, self.timeout)
 
     @property
     def settings(self) -> Settings:
@@ -89,8 +101,9 @@ def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
     directory = out_directory(options)
     examinee = load_examinee(options.target, options.load, options.chat)
     suites = build(asked, examinee)
-    make_directory(directory)
-    cache = Cache(directory / "answers.sqlite" if options.cache else None)
+    if world.is_main():
+        make_directory(directory)
+    cache = Cache(directory / "answers.sqlite" if options.cache and world.is_main() else None)
     limit = options.limit if options.limit is None or options.limit < 1 else int(options.limit)
     try:
         with progress(console) as show:
@@ -111,6 +124,8 @@ def command(options: EvalOptions, console: "Console") -> dict[str, Any]:
         ended=datetime.now(),
     )
     results = as_json(found, about)
+    if not world.is_main():
+        return results
     paths = write(found, results, directory, began)
     tell(results, table(found), cache.hits, paths[0], console)
     return {**results, "files": [str(path) for path in paths]}
@@ -145,7 +160,8 @@ def write_prompts(options: EvalOptions, path: Path, console: "Console") -> dict[
         for task in suite.tasks
         for document in limited(task, options.limit)
     ]
-    write_whole(path, "".join(f"{row}\n" for row in rows))
+    if world.is_main():
+        write_whole(path, "".join(f"{row}\n" for row in rows))
     console.print(f"{len(rows)} prompts in {path}")
     return {"prompts": len(rows), "file": str(path)}
 

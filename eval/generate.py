@@ -1,7 +1,7 @@
 """`qlora generate`: a model's text after one prompt, on the terminal, or its answers to a file of questions.
 
 Answers are sampled as the paper sampled its models; what there is of them in the file is kept, so a command that was
-killed goes on where it was.
+killed goes on where it was. Of several processes each answers a part, and the main one writes.
 """
 
 from dataclasses import dataclass, replace
@@ -19,6 +19,10 @@ from eval.loading import load_examinee
 from eval.progress import progress
 from models import ConfigError, Sampling
 from models.llama import causal
+from models.parallel import world
+from models.parallel.launch import Processes
+from models.parallel.turns import Turns
+from models.parallel.watch import TIMEOUT
 from models.target import LoadOptions
 from models.writing import answer, say
 
@@ -79,6 +83,10 @@ class GenerateOptions:
     """Questions at a time; auto takes what suits the device, and halves it when memory runs out."""
     load: LoadOptions = LoadOptions()
     """How the model is loaded."""
+    nproc: int = 1
+    """Work on so many processes of this machine, a GPU each."""
+    timeout: float = TIMEOUT
+    """Seconds that a process waits for the others before it gives up."""
     json: bool = False
     """Print one JSON object on stdout."""
 
@@ -96,6 +104,10 @@ class GenerateOptions:
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.nproc, self.load.device, self.timeout)
+
 
 def command(options: GenerateOptions, console: "Console") -> dict[str, Any]:
     return write_on(options, console) if options.questions is None else answer_questions(options, console)
@@ -112,10 +124,13 @@ def write_on(options: GenerateOptions, console: "Console") -> dict[str, Any]:
         raise ConfigError("generate: the prompt is empty, and this tokenizer has no id to begin a text with")
     beams = {"num_beams": options.num_beams, "length_penalty": options.length_penalty}
     room = 128 if options.max_new_tokens is None else options.max_new_tokens
-    parts = answer(
-        examinee.model, examinee.tokenizer, ids, room, options.sampling.over(Sampling()), options.seed, **beams
-    )
-    text = say(parts, console)
+    with Turns(examinee.model) as turns:  # one text is written by one process, of a shared model too
+        text = ""
+        if world.is_main():
+            sampling = options.sampling.over(Sampling())
+            parts = answer(examinee.model, examinee.tokenizer, ids, room, sampling, options.seed, **beams)
+            text = say(parts, console)
+        text, *_ = turns.gathered(text)
     return {"target": options.target, "prompt": options.prompt, "text": text}
 
 
@@ -137,15 +152,19 @@ def answer_questions(options: GenerateOptions, console: "Console") -> dict[str, 
         chat=options.chat,
     )
     requests = {question.id: settings.request(examinee, question) for question in questions}
-    journal = Journal(path, key=row_id)
+    journal = Journal(path, key=row_id) if world.is_main() else None
     try:
-        journal.refuse_others(settings.record)
-        missing = [question for question in questions if question.id not in journal.rows]
+        if journal is not None:
+            journal.refuse_others(settings.record)
+        there = world.from_main(set() if journal is None else set(journal.rows))
+        missing = [question for question in questions if question.id not in there]
         with progress(console, "answering") as show:
             write_answers(examinee, missing, requests, settings, options.batch_size, journal, show)
-        journal.finish(question.id for question in questions)
+        if journal is not None:
+            journal.finish(question.id for question in questions)
     finally:
-        journal.close()
+        if journal is not None:
+            journal.close()
     cut = sum(request.cut > 0 for request in requests.values())
     if cut:
         console.print(f"{cut} questions were longer than the model takes and lost their beginning")

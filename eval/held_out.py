@@ -6,7 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eval.dealing import dealt
+from eval.mode import evaluating
 from models import Model
+from models.parallel import world
 
 
 @dataclass(frozen=True)
@@ -19,16 +22,18 @@ class HeldOut:
 
 @torch.inference_mode()
 def held_out_loss(model: Model, batches: Iterable[Mapping[str, Tensor]]) -> HeldOut:
-    """The mean over all label tokens of all batches, in evaluation mode; the mode is restored."""
-    training = model.training
-    model.eval()
+    """The mean over all label tokens of all batches, in evaluation mode; the mode is restored.
+
+    Several processes compute a part of the batches each, and all of them get the mean of all.
+    """
     total, tokens = 0.0, 0
-    for batch in batches:
-        count = model.label_count(batch["labels"])
-        if count:
-            total += model.loss(**{k: v.to(model.device) for k, v in batch.items()}).item() * count
-            tokens += count
-    model.train(training)
+    with evaluating(model):
+        counted = ((batch, model.label_count(batch["labels"])) for batch in batches)
+        for (batch, count), mine in dealt((batch, count) for batch, count in counted if count):
+            loss = model.loss(**{k: v.to(model.device) for k, v in batch.items()}).item()
+            if mine:
+                total, tokens = total + loss * count, tokens + count
+    total, tokens = world.sums(total, tokens)
     if tokens == 0:
         raise ValueError("no label to score in any held-out example")
-    return HeldOut(total / tokens, tokens)
+    return HeldOut(total / tokens, int(tokens))

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from eval.examinee import Examinee
 from eval.likelihood import padded
 from models.errors import ConfigError, NonFiniteError
 from models.labelled import labelling
+from models.roberta import Roberta
 from models.tokenizer import Tokenizer
 
 
@@ -48,8 +51,7 @@ class Label:
     @torch.inference_mode()
     def answer(cls, examinee: Examinee, rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
         model = labelling(examinee.model)
-        ids, mask = padded([group[0].ids for group in rows], model.device)
-        logits = model(ids, mask).float().cpu()
+        logits = logits_of(model, *padded([group[0].ids for group in rows], model.device))
         for group, row in zip(rows, logits, strict=True):
             if not bool(row.isfinite().all()):
                 begins = " / ".join(group[0].texts)[:60]
@@ -58,6 +60,14 @@ class Label:
                     "(--load.dtype float32), and if that changes nothing, its weights are broken"
                 )
         return [[row.tolist()] * len(group) for group, row in zip(rows, logits, strict=True)]
+
+
+def logits_of(
+    model: Roberta, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None
+) -> Float[Tensor, "B labels"]:
+    """What the model gives each text, in float32 on the CPU; of a shared model the blocks alone are run by all."""
+    assert model.classifier is not None
+    return model.classifier(model.first(input_ids, attention_mask)).float().cpu()
 
 
 def label(examinee: Examinee, texts: Sequence[str], most: int | None = None) -> Label:

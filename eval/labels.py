@@ -9,7 +9,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from eval.dealing import dealt, in_order
 from eval.glue.metrics import MEASURES, UndefinedScore
+from eval.labelling import logits_of
+from eval.mode import evaluating
+from models.parallel import world
 from models.roberta import Roberta
 
 
@@ -24,21 +28,23 @@ class Predictions:
 
 @torch.inference_mode()
 def predict(model: Roberta, batches: Iterable[Mapping[str, Tensor]]) -> Predictions:
-    """What the model gives for each text that has a label, in evaluation mode; the mode is restored."""
+    """What the model gives for each text that has a label, in evaluation mode; the mode is restored.
+
+    Several processes ask for a part of the batches each, and all of them get everything.
+    """
     assert model.classifier is not None
-    training = model.training
-    model.eval()
-    logits, labels = [], []
-    for batch in batches:
-        inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
-        labelled = batch["labels"] != -100
-        logits.append(model(**inputs).float().cpu()[labelled])
-        labels.append(batch["labels"][labelled])
-    model.train(training)
-    if not sum(map(len, labels)):
-        raise ValueError("no label to score in any held-out example")
-    joined = torch.cat(logits), torch.cat(labels)
-    return Predictions(*joined, model.classifier.score(*joined).item())
+    made = []
+    with evaluating(model):
+        for batch, mine in dealt(batches):
+            inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+            logits, labelled = logits_of(model, **inputs), batch["labels"] != -100
+            if mine:
+                made.append((logits[labelled], batch["labels"][labelled]))
+        found = in_order(world.from_all(made))
+        if not sum(len(labels) for _, labels in found):
+            raise ValueError("no label to score in any held-out example")
+        logits, labels = torch.cat([it for it, _ in found]), torch.cat([it for _, it in found])
+        return Predictions(logits, labels, model.classifier.score(logits, labels).item())
 
 
 def agreement(found: Predictions, measures: Sequence[str]) -> dict[str, float]:

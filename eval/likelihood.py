@@ -144,7 +144,7 @@ def answer_rows(examinee: Examinee, rows: Sequence[Sequence[Likelihood]]) -> lis
     if isinstance(model, Llama):
         inputs = [[*it.context_ids, *it.behind] for it in first]
         ids, mask = padded(inputs, model.device)
-        hidden = model.model(ids, mask)
+        hidden = model.hidden(ids, mask)
         starts = [len(it.context_ids) - 1 for it in first]
     elif isinstance(model, T5):
         ids, mask = padded([it.context_ids for it in first], model.device)

@@ -22,7 +22,7 @@ def token_losses(
 ) -> Float[Tensor, "B T-1"]:
     """Negative log-probability, in nats and float32, of every token but the first of its row."""
     B, T = input_ids.shape
-    hidden = model.model(input_ids, attention_mask)[:, :-1].flatten(0, 1)  # (B (T - 1), D)
+    hidden = model.hidden(input_ids, attention_mask)[:, :-1].flatten(0, 1)  # (B (T - 1), D)
     targets = input_ids[:, 1:].flatten()
     return kernels.linear_cross_entropy(hidden, model.head_weight, targets, reduction="none").view(B, T - 1)
 

@@ -9,6 +9,8 @@ name and shape by shape, and searched for NaN, before the model is touched.
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.errors import CheckpointError
-from models.lora import LoraConfig, adapted_layers, adapter_shapes, attach_lora, attached
+from models.lora import LoraConfig, adapted_layers, adapter_shapes, attached, prepare_lora
 from models.loralib import loralib_file, read_loralib
+from models.parallel import shares
 from models.peft_config import peft_config, read_peft_config
 from models.peft_names import PREFIX, released_name
 from models.readers import Reader, RenamedReader, SafetensorsReader, TorchReader
@@ -56,13 +59,17 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         os.replace(path, directory / name)
 
 
-@torch.no_grad()
 def load_adapter(model: nn.Module, path: str | Path, *, alpha: float | None = None) -> None:
     """Attach the adapters of a directory to a model that has none.
 
     Or those of one file that microsoft/LoRA's examples saved, or of a directory that holds only such a file. It does
     not say its alpha, which is taken for 16, as in their GLUE runs, unless told.
     """
+    prepare_adapter(model, path, alpha=alpha)()
+
+
+def prepare_adapter(model: nn.Module, path: str | Path, *, alpha: float | None = None) -> Callable[[], None]:
+    """Do as `load_adapter` does but leave the adapters without values, and give what fills them."""
     if next(adapted_layers(model), None) is not None:
         raise ValueError("the model already has adapters; merge_adapter removes them")
     path = Path(path)
@@ -75,14 +82,27 @@ def load_adapter(model: nn.Module, path: str | Path, *, alpha: float | None = No
         reader, config = read_peft(path, model)
 
     check(model, config, reader, path)
+    with unfitting(path):
+        start = prepare_lora(model, config)
+
+    def fill() -> None:
+        with unfitting(path):
+            start()
+        for name, tensor in adapter_tensors(model).items():
+            shares.read(tensor, reader, name)
+
+    return fill
+
+
+@contextmanager
+def unfitting(path: Path) -> Iterator[None]:
+    """Around what attaches the adapters of a path: what is wrong with them is the file's fault."""
     try:
-        attach_lora(model, config)
+        yield
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"{path}: does not fit this model ({error})") from error
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(reader.read(name))
 
 
 def read_peft(directory: Path, model: nn.Module) -> tuple[Reader, LoraConfig]:

@@ -13,7 +13,8 @@ here, as an embedding, is decoded. config.json just has to name a method that is
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,16 @@ from nf4 import QuantConfig, QuantizedTensor
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+# Puts into a model what is to be trained or was trained of it, without values; and what fills it once the model has its
+# own, which may be later.
+Preparing = Callable[[Model], Callable[[], None]]
+
+
+def unprepared(model: Model) -> Callable[[], None]:
+    """Nothing to put into a model."""
+    return lambda: None
+
+
 def load(
     path: str | Path,
     quant: QuantConfig | None = None,
@@ -46,13 +57,32 @@ def load(
     head: str | None = None,
     num_labels: int | None = None,
     new_head: bool = False,
+    prepare: Preparing = unprepared,
 ) -> Model:
     """A model in evaluation mode from a directory or file in any known layout.
 
     With `quant`, block linears are stored in 4 bits; a checkpoint that is already quantized loads as it is.
     `head` is "lm", "mlm", "classification" or "regression", by default what the checkpoint holds; `num_labels` is
     for classification heads. `new_head` asks for one that starts from random weights, whatever the checkpoint holds.
+    `prepare` gives the model its adapters.
     """
+    model, values = opened(path, quant, dtype, head, num_labels, new_head)
+    for name in values.shapes:
+        place(model, name, values.make(name, torch.device(device)).stored)
+    model.eval()
+    prepare(model)()
+    return model
+
+
+def opened(
+    path: str | Path,
+    quant: QuantConfig | None,
+    dtype: torch.dtype,
+    head: str | None,
+    num_labels: int | None,
+    new_head: bool,
+) -> tuple[Model, "Values"]:
+    """The model without memory, and where its values come from: a checkpoint that does not fit is refused."""
     raw, reader, where = open_checkpoint(path)
     if new_head:
         reader = RenamedReader(reader, lambda name: None if in_classifier(name) else name)
@@ -64,10 +94,8 @@ def load(
             where,
             len(model.config.labels),
         )
-    for name, value, _ in stream(model, reader, quant, dtype, torch.device(device)):
-        place(model, name, value)
     model.source = Path(path)
-    return model.eval()
+    return model, Values(model, reader, quant, dtype)
 
 
 @dataclass(frozen=True)
@@ -107,31 +135,64 @@ def stream(
     model: Model, reader: Reader, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor | QuantizedTensor, Tensor | None]]:
     """Every parameter of the model as (name, what to store, the dense weight if it was quantized here)."""
-    model.check_dtype(dtype)
-    source = matched(model, reader)
-    reader, stored, fresh = source.reader, source.stored, source.fresh
-    linears = linear_weights(model)
-    for name, shape in {name: tuple(p.shape) for name, p in model.named_parameters()}.items():
+    values = Values(model, reader, quant, dtype)
+    for name in values.shapes:
+        made = values.make(name, device)
+        yield name, made.stored, made.dense
+
+
+class Made(NamedTuple):
+    """What a parameter is to hold."""
+
+    stored: Tensor | QuantizedTensor
+    dense: Tensor | None = None
+    """The weight that was quantized here."""
+
+
+class Values:
+    """What a model's parameters are to hold, each made of its checkpoint when it is asked for."""
+
+    def __init__(self, model: Model, reader: Reader, quant: QuantConfig | None, dtype: torch.dtype) -> None:
+        model.check_dtype(dtype)
+        self.reader, self.stored, self.fresh = matched(model, reader)
+        self.linears = linear_weights(model)
+        self.quant, self.dtype = quant, dtype
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+    def make(self, name: str, device: torch.device) -> Made:
+        """The value of one parameter."""
+        with self.blaming(name):
+            if name in self.fresh:
+                return Made(self.fresh[name].to(device, self.dtype))
+            if name in self.stored:
+                q = self.as_stored(name, {part: self.reader.read(part) for part in self.stored[name]}).to(device)
+                return Made(q if name in self.linears else kernels.dequantize(q, self.dtype))
+            weight = check_dense(name, self.reader.read(name)).to(device)
+            if self.quantizes(name):
+                assert self.quant is not None
+                weight = weight.to(self.reader.released_dtype or self.dtype)
+                return Made(replace(kernels.quantize(weight, self.quant, name=name), dtype=self.dtype), weight)
+            weight = weight.to(self.dtype)
+            refuse_non_finite(weight, name)
+            return Made(weight)
+
+    def as_stored(self, name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+        """A weight that the file has in 4 bits, of the tensors that make it up."""
+        return replace(read_stored(name, self.shapes[name], tensors, self.quant), dtype=self.dtype)
+
+    def quantizes(self, name: str) -> bool:
+        """Is the parameter dense in the file, and to be stored in 4 bits?"""
+        return self.quant is not None and not self.stored and name in self.linears and not self.linears[name].in_head
+
+    @contextmanager
+    def blaming(self, name: str) -> Iterator[None]:
+        """Around what reads a parameter: what is wrong with it is the checkpoint's fault."""
         try:
-            if name in fresh:
-                yield name, fresh[name].to(device, dtype), None
-                continue
-            if name in stored:
-                q = replace(read_stored(name, shape, reader, stored[name], quant), dtype=dtype).to(device)
-                yield name, q if name in linears else kernels.dequantize(q, dtype), None
-                continue
-            weight = read_dense(name, reader).to(device)
-            if quant is not None and not stored and name in linears and not linears[name].in_head:
-                weight = weight.to(reader.released_dtype or dtype)
-                yield name, replace(kernels.quantize(weight, quant, name=name), dtype=dtype), weight
-            else:
-                weight = weight.to(dtype)
-                refuse_non_finite(weight, name)
-                yield name, weight, None
+            yield
         except CheckpointError:
             raise
         except ValueError as error:
-            raise CheckpointError(f"{reader.where(name)}: {error}") from error
+            raise CheckpointError(f"{self.reader.where(name)}: {error}") from error
 
 
 class Source(NamedTuple):
@@ -220,11 +281,17 @@ def stored_in_4_bits(reader: Reader) -> dict[str, list[str]]:
     return parts
 
 
+def record(reader: Reader, parts: list[str]) -> dict[str, Tensor]:
+    """The tensors of a quantized weight, of which only the one that says how it is stored has been read."""
+    nothing = torch.empty(0)
+    return {part: reader.read(part) if ".quant_state." in part else nothing for part in parts}
+
+
 def read_stored(
-    name: str, shape: tuple[int, ...], reader: Reader, parts: list[str], quant: QuantConfig | None
+    name: str, shape: tuple[int, ...], tensors: Mapping[str, Tensor], quant: QuantConfig | None
 ) -> QuantizedTensor:
-    """A quantized weight as the checkpoint has it."""
-    q = nf4.from_state_dict({part: reader.read(part) for part in parts}, name)
+    """A quantized weight as the checkpoint has it, of its tensors there."""
+    q = nf4.from_state_dict(tensors, name)
     if q.shape != shape:
         raise ValueError(f"{name} is {list(q.shape)} in its 4-bit record but the config asks for {list(shape)}")
     if quant is not None and not same_format(quant, q.config):
@@ -238,9 +305,8 @@ def same_format(asked: QuantConfig, stored: QuantConfig) -> bool:
     return replace(asked, scale=stored.scale, nested_block_size=nested) == stored
 
 
-def read_dense(name: str, reader: Reader) -> Tensor:
-    """A weight that is not in 4 bits; anything but plain floating-point numbers is refused."""
-    weight = reader.read(name)
+def check_dense(name: str, weight: Tensor) -> Tensor:
+    """A weight that is not in 4 bits, if it consists of plain floating-point numbers."""
     if weight.dtype not in DENSE_DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DENSE_DTYPES)
         raise ValueError(f"{name} is stored as {weight.dtype}; weights are {known}, or 4 bits with a quant_state")
@@ -271,8 +337,10 @@ def shortened(names: list[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def refuse_non_finite(weight: Tensor, name: str) -> None:
+def refuse_non_finite(weight: Tensor, name: str, first_row: int = 0) -> None:
+    """Refuse a weight, or its rows from `first_row` on, that does not consist of numbers."""
     finite = torch.isfinite(weight)
     if not bool(finite.all()):
         index = torch.nonzero(~finite)[0].tolist()
+        index[0] += first_row
         raise ValueError(f"{name} holds NaN or infinity at {index} as {weight.dtype}")

@@ -84,7 +84,7 @@ class CausalDecoding:
         return self.logits(tokens[:, None])
 
     def logits(self, step: Int[Tensor, "R new"]) -> Float[Tensor, "R V"]:
-        return self.model.head(self.model.model(step, self.mask, self.cache)[:, -1]).float()
+        return self.model.head(self.model.hidden(step, self.mask, self.cache)[:, -1]).float()
 
     def repeat(self, times: int) -> None:
         self.cache.repeat(times)

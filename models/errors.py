@@ -52,6 +52,12 @@ class WriteError(Refusal):
     exit_code = 7
 
 
+class PeerError(Refusal):
+    """Another process of the same job has failed, or does not come: this one cannot go on without it."""
+
+    exit_code = 9
+
+
 class ServiceError(Refusal):
     """A server that does not answer, however often it is asked.
 

@@ -100,11 +100,18 @@ class FairseqReader:
             self.shapes[name] = (shape[0] // len(ours), *shape[1:]) if len(ours) > 1 else shape
 
     def read(self, name: str) -> Tensor:
+        return self.tensor(name).clone()
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensor(name)[start:stop].clone()
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, which is read from the file where it is used."""
         if name == TOKEN_TYPES:
             return torch.zeros(self.shapes[name])
         theirs, part, parts = self.rows[name]
         state = model_state(self.load(), self.path) if self.kept is None else self.kept
-        return (state[theirs].chunk(parts)[part] if parts > 1 else state[theirs]).clone()
+        return state[theirs].chunk(parts)[part] if parts > 1 else state[theirs]
 
     def stored(self, name: str) -> Stored:
         dtype = torch.float32 if name == TOKEN_TYPES else self.dtypes[self.rows[name][0]]

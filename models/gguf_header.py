@@ -47,17 +47,33 @@ class GgufHeader:
 
     def read(self, name: str) -> Tensor:
         """One tensor, decoded to float32."""
+        tensor = self.tensors[name]
+        return self.decoded(name, tensor.shape, tensor.offset, tensor.nbytes)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, decoded to float32; of a vector, whose numbers are in blocks, all are read."""
+        tensor = self.tensors[name]
+        if len(tensor.shape) < 2:
+            return self.read(name)[start:stop]
+        row_bytes = tensor.nbytes // max(tensor.shape[0], 1)
+        shape = (stop - start, *tensor.shape[1:])
+        return self.decoded(name, shape, tensor.offset + start * row_bytes, shape[0] * row_bytes)
+
+    def decoded(self, name: str, shape: tuple[int, ...], offset: int, nbytes: int) -> Tensor:
+        """What the bytes at a place in the file stand for, all or some rows of the tensor that is called `name`."""
         import gguf
 
-        tensor = self.tensors[name]
-        raw = np.fromfile(self.path, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
+        if prod(shape) == 0:
+            return torch.empty(shape)
+        raw = np.fromfile(self.path, dtype=np.uint8, count=nbytes, offset=offset)
+        kind = self.tensors[name].kind
         try:
-            values = gguf.dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.kind)
+            values = gguf.dequantize(raw.reshape(*shape[:-1], -1), kind)
         except NotImplementedError as error:
             raise CheckpointError(
-                f"{self.path}: {name} is stored as {tensor.kind.name}, which the gguf package cannot decode"
+                f"{self.path}: {name} is stored as {kind.name}, which the gguf package cannot decode"
             ) from error
-        return torch.from_numpy(np.array(values, dtype=np.float32)).view(tensor.shape)
+        return torch.from_numpy(np.array(values, dtype=np.float32)).view(shape)
 
 
 def read_gguf_header(path: str | Path) -> GgufHeader:

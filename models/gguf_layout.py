@@ -6,6 +6,7 @@ As in Meta's layout, query and key rows are in the order of interleaved rotary p
 import math
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from models.config import RopeScaling, llama_config
 from models.config_fields import real, size
 from models.errors import CheckpointError
 from models.gguf_header import GgufHeader, read_gguf_header
-from models.meta_layout import half_rotation_order
+from models.meta_layout import rows_in_order
 from models.readers import Stored
 from models.rope import inverse_frequencies
 
@@ -52,9 +53,12 @@ class GgufReader:
         self.shapes = {ours: header.tensors[name].shape for ours, name in self.names.items()}
 
     def read(self, name: str) -> Tensor:
-        weight = self.header.read(self.names[name])
+        return self.read_rows(name, 0, self.shapes[name][0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         heads = self.heads.get(name.split(".")[-2])
-        return half_rotation_order(weight, heads) if heads else weight
+        read = partial(self.header.read_rows, self.names[name])
+        return rows_in_order(read, self.shapes[name][0], heads, start, stop)
 
     def stored(self, name: str) -> Stored:
         tensor = self.header.tensors[self.names[name]]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import kernels
 from models.dora import direct_squares, expanded_squares, rescaled
+from models.parallel import shares
 from models.recompute import kept_product
 from nf4 import QuantizedTensor
 
@@ -64,6 +65,10 @@ class AdaptableLinear(nn.Module):
 
     def dense_weight(self) -> Float[Tensor, "N K"]:
         """The base weight without its adapter, in the layer's dtype."""
+        raise NotImplementedError
+
+    def refill(self, base: Any, source: int | None = None) -> None:
+        """Take another base weight of the same form, in the same memory; `source` is as in `shares.put`."""
         raise NotImplementedError
 
     @property
@@ -112,6 +117,9 @@ class Linear(AdaptableLinear):
     def dense_weight(self) -> Float[Tensor, "N K"]:
         return self.weight.detach()
 
+    def refill(self, base: Float[Tensor, "N K"] | None, source: int | None = None) -> None:
+        shares.put(self.weight, base, source)
+
 
 class NF4Linear(AdaptableLinear):
     """The same layer over a quantized weight, which is decoded inside the product and never kept."""
@@ -156,6 +164,23 @@ class NF4Linear(AdaptableLinear):
             dtype=self.weight_dtype,
             config=self.quant_config,
         )
+
+    def kept(self) -> dict[str, Tensor]:
+        """What the weight is kept in, by the names of `QuantizedTensor`: shared ones are this process's share."""
+        tensors = {
+            "packed": self.weight,
+            "absmax": self.absmax,
+            "absmax_codes": self.absmax_codes,
+            "nested_absmax": self.nested_absmax,
+            "absmax_offset": self.absmax_offset,
+        }
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def refill(self, base: QuantizedTensor | None, source: int | None = None) -> None:
+        for name, tensor in self.kept().items():
+            value = None if base is None else getattr(base, name).view(tensor.shape)
+            shares.put(tensor, value, source)
+        self.base_squares = None
 
     def product(self, x: Float[Tensor, "*rows K"], bias: Tensor | None) -> Float[Tensor, "*rows N"]:
         if self.lora_A is None or self.lora_B is None:

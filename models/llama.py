@@ -122,6 +122,10 @@ class Decoder(Stack):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
+
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],
@@ -149,6 +153,7 @@ class Llama(Model):
     """The decoder with its language-model head, which may be the embedding itself."""
 
     task_type = "CAUSAL_LM"
+    entries = ("loss", "hidden")
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -165,6 +170,12 @@ class Llama(Model):
     ) -> Float[Tensor, "B T V"]:
         """Logits of the next token at every position."""
         return self.head(self.model(input_ids, attention_mask, cache))
+
+    def hidden(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """The decoder's output, which `head` makes logits of."""
+        return self.model(input_ids, attention_mask, cache)
 
     def head(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits from the decoder's output."""

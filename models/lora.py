@@ -7,8 +7,9 @@ the blocks, which is the default here and what it takes to match full fine-tunin
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from models.dora import ratio
 from models.linear import AdaptableLinear, Linear
 from models.lora_config import ADAPTER_DTYPES, LoraConfig
-from models.lora_init import initialise, starting_weights
-from models.whole import give_back, saved_parameters, settle, train_whole, within
+from models.lora_init import divided, starting_weights, take
+from models.parallel import shares
+from models.parallel.agreement import by_turns
+from models.whole import computed_parameter, give_back, saved_parameters, settle, train_whole, within
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,14 @@ def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
 
     What is wrong with the configuration is found before the model is changed.
     """
+    prepare_lora(model, config)()
+
+
+def prepare_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> Callable[[], None]:
+    """Do as `attach_lora` does but leave adapters without values, and give what fills them.
+
+    Between the two the model may get its own values, or be shared with other processes.
+    """
     if next(adapted_layers(model), None) is not None:
         raise ValueError("the model already has adapters; merge_adapter removes them")
     saved = saved_parameters(model, config.modules_to_save)
@@ -49,21 +60,57 @@ def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
         rank, layer.scaling = config.size(name)
         layer.dropout, layer.lora_config = config.dropout, config
         device, dtype = layer.weight.device, ADAPTER_DTYPES[config.dtype]
-        # A start that is computed draws no random numbers, not even some that are thrown away: hence no memory yet.
-        made_on = device if weights is None else torch.device("meta")
-        lora_a = nn.Linear(layer.in_features, rank, bias=False, device=made_on, dtype=dtype)
-        lora_b = nn.Linear(rank, layer.out_features, bias=False, device=made_on, dtype=dtype)
-        layer.lora_A, layer.lora_B = lora_a.to_empty(device=device), lora_b.to_empty(device=device)
-        if weights is None:
-            nn.init.kaiming_uniform_(layer.lora_A.weight, a=math.sqrt(5))
-            nn.init.zeros_(layer.lora_B.weight)
-        else:
-            initialise(layer, weights(name), config.init)
+        layer.lora_A, layer.lora_B = (
+            nn.Linear(*sizes, bias=False, device="meta", dtype=dtype).to_empty(device=device)
+            for sizes in ((layer.in_features, rank), (rank, layer.out_features))
+        )
         if config.dora:  # float32 at any dtype of A and B: steps of training are far below a length's 16-bit digits
-            layer.lora_magnitude_vector = nn.Parameter(layer.row_lengths())
-    originals = {name: parameter.detach().to("cpu", copy=True) for name, parameter in saved.items()}
+            layer.lora_magnitude_vector = nn.Parameter(torch.empty(layer.out_features, device=device))
     train_whole(model, saved, ADAPTER_DTYPES[config.dtype])
-    note(model, Attachment(config, before, originals))
+    attachment = Attachment(config, before, {})
+    note(model, attachment)
+    return partial(start, model, layers, tuple(saved), weights, attachment)
+
+
+@torch.no_grad()
+def start(
+    model: nn.Module,
+    layers: dict[str, AdaptableLinear],
+    saved: tuple[str, ...],
+    weights: Callable[[str], Tensor] | None,
+    attachment: Attachment,
+) -> None:
+    """Give the adapters of these layers their first values, and note those of what is trained whole."""
+    config, shared = attachment.config, shares.any_shared(model)
+    if weights is None:
+        for layer in layers.values():
+            start_anew(layer)
+    else:
+        by_turns(
+            tuple(layers),
+            lambda name: divided(layers[name], weights(name), config.init),
+            lambda name, begun, source: take(layers[name], begun, source),
+            together=shared,
+        )
+    for layer in layers.values():
+        if layer.lora_magnitude_vector is not None:
+            with shares.together(layer):
+                lengths = layer.row_lengths()
+            shares.put(layer.lora_magnitude_vector, lengths)
+    for name in saved:
+        attachment.originals[name] = shares.local(computed_parameter(model, name)).to("cpu", copy=True)
+
+
+def start_anew(layer: AdaptableLinear) -> None:
+    """The default start, drawn whole, so that it does not depend on how many processes share it."""
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    # New layers come with random numbers of torch's. They are drawn, as they always were, and not used.
+    drawn = [nn.Linear(w.shape[1], w.shape[0], bias=False, device=shares.home(w), dtype=w.dtype).weight for w in (a, b)]
+    nn.init.kaiming_uniform_(drawn[0], a=math.sqrt(5))
+    shares.put(a, drawn[0])
+    shares.local(b).zero_()
 
 
 @torch.no_grad()
@@ -72,6 +119,7 @@ def merge_adapter(model: nn.Module) -> None:
 
     What was trained whole is rounded to the model's dtype as well.
     """
+    shares.refuse_shared(model, "merging an adapter")
     attachment = attached(model)
     for name, layer in list(adapted_layers(model)):
         dense = merged(layer.dense_weight(), layer).to(layer.dtype)
@@ -100,6 +148,7 @@ def detach(model: nn.Module) -> None:
     attachment = attached(model)
     if attachment is None:
         return
+    shares.refuse_shared(model, "taking an adapter off")
     if attachment.config.init != "default":
         raise ValueError(
             f"adapters that start with init={attachment.config.init!r} have changed the base; load the model again"

@@ -14,6 +14,7 @@ Letters: N outputs, K inputs, R rank.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,7 @@ import kernels
 from models.linear import AdaptableLinear, NF4Linear
 from models.lora_config import LoraConfig
 from models.originals import Originals
+from models.parallel import shares
 from nf4 import QuantConfig, QuantizedTensor
 
 LOFTQ_ROUNDS = 5  # the paper's 1 to 5; most of the gain is in the first
@@ -35,7 +37,7 @@ NAMES = {"pissa": "PiSSA", "loftq": "LoftQ"}
 def starting_weights(
     model: nn.Module, layers: Mapping[str, AdaptableLinear], config: LoraConfig
 ) -> Callable[[str], Tensor] | None:
-    """Where `initialise` gets its weights from; None for the default start, which needs none."""
+    """Where `divided` gets its weights from; None for the default start, which needs none."""
     if config.init == "default":
         return None
     purpose = NAMES[config.init]
@@ -49,27 +51,36 @@ def starting_weights(
     return Originals(model, layers, purpose)
 
 
+class Start(NamedTuple):
+    """What a layer starts with."""
+
+    base: Tensor | QuantizedTensor
+    """The weight in the layer's own form."""
+    a: Float[Tensor, "R K"]
+    b: Float[Tensor, "N R"]
+
+
 @torch.no_grad()
-def initialise(layer: AdaptableLinear, weight: Float[Tensor, "N K"], init: str) -> None:
-    """Share `weight` between the layer's base and its adapter, whose A and B wait to be filled."""
+def divided(layer: AdaptableLinear, weight: Float[Tensor, "N K"], init: str) -> Start:
+    """Share `weight` between the layer's base and its adapter, which has its sizes and no values yet."""
     assert layer.lora_A is not None
-    assert layer.lora_B is not None
     rank, dtype = layer.lora_A.out_features, layer.lora_A.weight.dtype
     if init == "pissa":
         a, b = leading(weight, rank, layer.scaling, dtype)
         rest = weight - product(a, b, layer.scaling)
-        if isinstance(layer, NF4Linear):
-            layer.store(stored(layer, rest))
-        else:
-            layer.weight = nn.Parameter(rest.to(layer.dtype), requires_grad=False)
-    else:
-        q, a, b = loftq(layer, weight, rank, dtype)
-        if isinstance(layer, NF4Linear):
-            layer.store(q)
-        else:
-            layer.weight = nn.Parameter(kernels.dequantize(q), requires_grad=False)
-    layer.lora_A.weight.copy_(a)
-    layer.lora_B.weight.copy_(b)
+        return Start(stored(layer, rest) if isinstance(layer, NF4Linear) else rest.to(layer.dtype), a, b)
+    q, a, b = loftq(layer, weight, rank, dtype)
+    return Start(q if isinstance(layer, NF4Linear) else kernels.dequantize(q), a, b)
+
+
+def take(layer: AdaptableLinear, start: Start | None, source: int | None = None) -> None:
+    """Start the layer so; `source` is as in `shares.put`."""
+    assert layer.lora_A is not None
+    assert layer.lora_B is not None
+    base, a, b = start or (None, None, None)
+    layer.refill(base, source)
+    shares.put(layer.lora_A.weight, a, source)
+    shares.put(layer.lora_B.weight, b, source)
 
 
 def loftq(

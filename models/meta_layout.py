@@ -7,6 +7,8 @@ released safetensors, channel c turns with c + C/2, so those rows are put in tha
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +61,26 @@ class MetaReader:
         self.shapes = {ours: self.joined_shape(*row) for ours, row in self.rows.items()}
 
     def read(self, name: str) -> Tensor:
-        theirs, dim = self.rows[name]
-        whole = self.parts[0].read(theirs)
-        if dim is not None and len(self.parts) > 1:
-            whole = torch.cat([whole] + [part.read(theirs) for part in self.parts[1:]], dim=dim)
+        return self.read_rows(name, 0, self.shapes[name][0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         heads = self.heads.get(name.split(".")[-2])
-        return half_rotation_order(whole, heads) if heads else whole
+        return rows_in_order(partial(self.stacked, name), self.shapes[name][0], heads, start, stop)
+
+    def stacked(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of the joined parts as the files have them."""
+        theirs, dim = self.rows[name]
+        if dim is None:
+            return self.parts[0].read_rows(theirs, start, stop)
+        if dim == 1:
+            return torch.cat([part.read_rows(theirs, start, stop) for part in self.parts], dim=1)
+        found, first = [], 0
+        for part in self.parts:
+            count = part.shapes[theirs][0]
+            begin, end = (min(max(row - first, 0), count) for row in (start, stop))
+            found.append(part.read_rows(theirs, begin, end))
+            first += count
+        return torch.cat(found)
 
     def stored(self, name: str) -> Stored:
         theirs, dim = self.rows[name]
@@ -161,6 +177,15 @@ def check_part_count(reader: MetaReader, dim: int, where: Path) -> None:
 def half_rotation_order(rows: Tensor, heads: int) -> Tensor:
     """Rows (or biases) of a projection from interleaved to half-rotation order, head by head."""
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def rows_in_order(read: Callable[[int, int], Tensor], count: int, heads: int | None, start: int, stop: int) -> Tensor:
+    """Rows of what `half_rotation_order` makes of the `count` rows that `read` gives; at most whole heads are read."""
+    if heads is None or start >= stop:
+        return read(start, stop)
+    order = half_rotation_order(torch.arange(count), heads)[start:stop]
+    first = int(order.min())
+    return read(first, int(order.max()) + 1)[order - first]
 
 
 def interleaved_order(rows: Tensor, heads: int) -> Tensor:

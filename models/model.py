@@ -5,6 +5,7 @@ carry adapters is said by their class: `models.linear.Linear` for those of the b
 embeddings, norms and heads, which stay in 16 bits.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.parallel.shares import home
 from models.whole import computed_dtype
 
 
@@ -51,6 +53,8 @@ class Model(nn.Module):
     """Layers that other readers build as the head, dense in 4-bit files even where it is the embedding itself."""
     always_dense: tuple[str, ...] = ()
     """Leaf names of block linears that other readers of 4-bit files never take in 4 bits."""
+    entries: tuple[str, ...] = ("loss",)
+    """Methods that run the network from outside, beside forward: shared weights are put together around them."""
     fresh_head: bool = False
     """Does a head start from random weights, because the checkpoint has none?"""
     attachment: Any = None
@@ -96,7 +100,8 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.embedding.parameters()).device  # its weight may have to be rounded first
+        """Where inputs go."""
+        return home(next(self.embedding.parameters()))  # its weight may have to be rounded first
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -116,3 +121,13 @@ class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gradient_checkpointing = False
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The blocks in the order in which they run."""
+        raise NotImplementedError
+
+    @property
+    def common(self) -> Iterable[nn.Module]:
+        """Modules within a block that are called outside of it as well."""
+        return ()

@@ -9,6 +9,7 @@ from models.checkpoint import open_checkpoint, stored_in_4_bits
 from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
 from models.model import Model
+from models.parallel.shares import home
 from models.readers import RenamedReader
 
 
@@ -21,8 +22,10 @@ class Originals:
     def __init__(self, model: nn.Module, layers: Mapping[str, AdaptableLinear], purpose: str) -> None:
         self.layers = layers
         self.reader: RenamedReader | None = None
-        quantized = {name: layer for name, layer in layers.items() if isinstance(layer, NF4Linear)}
-        if not quantized:
+        # What is shared, or will be, is whole only in its file.
+        elsewhere = {n: layer for n, layer in layers.items() if isinstance(layer, NF4Linear) or layer.weight.is_meta}
+        self.elsewhere = frozenset(elsewhere)
+        if not elsewhere:
             return
         need = f"{purpose} needs the weights as they were before quantization"
         if not isinstance(model, Model) or model.source is None:
@@ -30,7 +33,7 @@ class Originals:
         _, reader, _ = open_checkpoint(model.source)
         self.reader = RenamedReader(reader, model.parameter_named)
         stored = stored_in_4_bits(self.reader)
-        for name, layer in quantized.items():
+        for name, layer in elsewhere.items():
             weight, shape = f"{name}.weight", (layer.out_features, layer.in_features)
             if weight in stored:
                 raise ValueError(
@@ -43,12 +46,13 @@ class Originals:
                 )
 
     def __call__(self, name: str) -> Float[Tensor, "N K"]:
-        """A layer's weight in float32 with the values that `load` quantized, on the layer's device."""
+        """A layer's weight in float32 with the values that `load` quantized or kept, on the layer's device."""
         layer, weight = self.layers[name], f"{name}.weight"
-        if not isinstance(layer, NF4Linear):
+        if name not in self.elsewhere:
             return layer.dense_weight().float()
         assert self.reader is not None
-        original = self.reader.read(weight).to(layer.weight.device, self.reader.released_dtype or layer.dtype)
+        released = self.reader.released_dtype if isinstance(layer, NF4Linear) else None
+        original = self.reader.read(weight).to(home(layer.weight), released or layer.dtype)
         if not bool(original.isfinite().all()):
             raise CheckpointError(
                 f"{self.reader.where(weight)}: {weight} holds NaN or infinity, which it did not when it was loaded; "

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from models.checkpoint import Source, matched, open_checkpoint, skeleton
+from models.checkpoint import Source, matched, open_checkpoint, record, skeleton
 from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
 from models.model import Model
@@ -90,9 +89,10 @@ def parts_in_memory(model: Model) -> Parts:
     for name, parameter in model.named_parameters():
         module, leaf = owner(model, name)
         if isinstance(module, NF4Linear) and leaf == "weight":
-            q = module.quantized
-            codes = q.packed.nbytes
-            parts[QUANTIZED].add(q.numel, {f"{q.config.codebook} codes": codes, SCALES: q.nbytes - codes})
+            kept = {part: tensor.numel() * tensor.dtype.itemsize for part, tensor in module.kept().items()}
+            codes = kept.pop("packed")
+            count = module.in_features * module.out_features
+            parts[QUANTIZED].add(count, {f"{module.quant_config.codebook} codes": codes, SCALES: sum(kept.values())})
         elif not (isinstance(module, NF4Linear) and leaf == "absmax_codes"):
             kind = dtype_name(parameter.dtype)
             parts[part_of(model, name)].add(parameter.numel(), {kind: parameter.nbytes})
@@ -119,10 +119,8 @@ def parts_on_disk(model: Model, source: Source) -> Parts:
 
 def stored_format(name: str, source: Source) -> tuple[str, dict[str, Any]]:
     """The codebook of a 4-bit weight and the rest of its record, the one tensor that is read."""
-    nothing = torch.empty(0)
-    record = {part: source.reader.read(part) if ".quant_state." in part else nothing for part in source.stored[name]}
     try:
-        _, codebook, state = read_state(record, name)
+        _, codebook, state = read_state(record(source.reader, source.stored[name]), name)
     except ValueError as error:
         raise CheckpointError(f"{source.reader.where(name)}: {error}") from error
     return codebook, state

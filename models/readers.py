@@ -45,6 +45,10 @@ class Reader(Protocol):
         """One tensor, on the CPU."""
         ...
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, on the CPU; no more than these are read, or little more."""
+        ...
+
     def stored(self, name: str) -> Stored:
         """How the file holds a tensor, which takes no reading of it."""
         ...
@@ -87,6 +91,10 @@ class SafetensorsReader:
         with self.opened() as f:
             return f.get_tensor(name).clone()  # not a view of the file, which may change or vanish
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        with self.opened() as f:
+            return f.get_slice(name)[start:stop].clone()
+
     def stored(self, name: str) -> Stored:
         dtype = SAFETENSORS_DTYPES.get(self.types[name])
         if dtype is None:
@@ -124,8 +132,15 @@ class TorchReader:
         self.dtypes = {name: value.dtype for name, value in state.items()}
 
     def read(self, name: str) -> Tensor:
+        return self.tensor(name).clone()
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensor(name)[start:stop].clone()
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, which is read from the file where it is used."""
         state = self.load() if self.kept is None else self.kept
-        return state[name].detach().clone()
+        return state[name].detach()
 
     def stored(self, name: str) -> Stored:
         dtype = self.dtypes[name]
@@ -219,6 +234,9 @@ class ShardedReader:
     def read(self, name: str) -> Tensor:
         return self.owner[name].read(name)
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.owner[name].read_rows(name, start, stop)
+
     def stored(self, name: str) -> Stored:
         return self.owner[name].stored(name)
 
@@ -256,9 +274,16 @@ class RenamedReader:
         self.shapes = {ours: reader.shapes[name] for ours, name in self.theirs.items()}
 
     def read(self, name: str) -> Tensor:
-        value = self.reader.read(self.theirs[name])
+        return self.compared(name, self.reader.read)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.compared(name, lambda theirs: self.reader.read_rows(theirs, start, stop))
+
+    def compared(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """What is read of the tensor for a parameter, after its copies were found to be such."""
+        value = read(self.theirs[name])
         for copy in self.copies[name]:
-            if copy != self.theirs[name] and not torch.equal(self.reader.read(copy), value):
+            if copy != self.theirs[name] and not torch.equal(read(copy), value):
                 raise CheckpointError(
                     f"{self.reader.where(copy)}: {copy} is not a copy of {self.theirs[name]}, though its config "
                     "means them to be one; untied weights of this kind are not supported"

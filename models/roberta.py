@@ -115,6 +115,10 @@ class Blocks(Stack):
         super().__init__()
         self.layer = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.layer
+
     def forward(self, x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B 1 1 T"] | None) -> Float[Tensor, "B T D"]:
         for layer in self.layer:
             again = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -140,6 +144,7 @@ class Roberta(Model):
     """The encoder with one head: masked language model, classification or regression."""
 
     heads = ("lm_head.decoder",)
+    entries = ("loss", "hidden")
 
     def __init__(self, config: RobertaConfig, fresh_head: bool = False) -> None:
         super().__init__()

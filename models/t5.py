@@ -17,7 +17,7 @@ from models.cache import Cache, LayerCache
 from models.errors import CheckpointError, ConfigError
 from models.model import Model
 from models.packed import refuse_packed
-from models.t5_blocks import Blocks, CrossAttentionLayer
+from models.t5_blocks import Block, Blocks
 from models.t5_config import HEAD, T5Config, t5_config
 
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of the one embedding, in many files
@@ -28,6 +28,7 @@ class T5(Model):
     """Encoder and decoder over one embedding, with a head that may be the embedding itself."""
 
     task_type = "SEQ_2_SEQ_LM"
+    entries = ("loss", "encode", "decode", "new_cache")
     always_dense = ("wo",)
 
     def __init__(self, config: T5Config) -> None:
@@ -133,10 +134,11 @@ class T5(Model):
 
     def new_cache(self, encoded: Float[Tensor, "B T D"], max_length: int) -> Cache:
         """Keys and values of the encoder's output in every layer, and room for those of `max_length` tokens."""
-        config, cross = self.config, []
-        for layer in self.decoder.modules():
-            if isinstance(layer, CrossAttentionLayer):
-                cross.append(LayerCache.of(*layer.EncDecAttention.keys_and_values(encoded)))
+        config = self.config
+        cross = []
+        for block in self.decoder.block:
+            assert isinstance(block, Block)
+            cross.append(LayerCache.of(*block.keys_and_values(encoded)))
         shape = (encoded.shape[0], config.num_heads, max_length, config.d_kv)
         return Cache([LayerCache(shape, self.dtype, self.device) for _ in cross], cross)
 

@@ -16,6 +16,7 @@ from models.cache import Cache, LayerCache
 from models.linear import Linear
 from models.llama import RMSNorm
 from models.model import Stack
+from models.parallel.shares import home
 from models.recompute import last_product, recomputed
 from models.relative import lowest, padding_bias, position_buckets
 from models.t5_config import T5Config
@@ -137,6 +138,9 @@ class FeedForwardLayer(Layer):
 class Block(nn.Module):
     """Self-attention, in the decoder attention to the encoder's output, and feed-forward."""
 
+    entries: tuple[str, ...] = ("keys_and_values",)
+    """Methods that are called from outside, beside forward."""
+
     def __init__(self, config: T5Config, is_decoder: bool, has_positions: bool) -> None:
         super().__init__()
         cross = [CrossAttentionLayer(config)] if is_decoder else []
@@ -156,6 +160,14 @@ class Block(nn.Module):
             x = self.layer[1](x, encoded, encoded_bias, cross)
         return self.layer[-1](x)
 
+    def keys_and_values(
+        self, encoded: Float[Tensor, "B T D"]
+    ) -> tuple[Float[Tensor, "B H T C"], Float[Tensor, "B H T C"]]:
+        """What the attention to the encoder's output reads of it: the same for every token that is written."""
+        reading = self.layer[1]
+        assert isinstance(reading, CrossAttentionLayer)
+        return reading.EncDecAttention.keys_and_values(encoded)
+
 
 class Blocks(Stack):
     """The encoder, or the decoder: blocks and the last norm, with one table of relative positions for all of them."""
@@ -166,6 +178,19 @@ class Blocks(Stack):
         count = config.num_decoder_layers if is_decoder else config.num_layers
         self.block = nn.ModuleList(Block(config, is_decoder, has_positions=i == 0) for i in range(count))
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.block
+
+    @property
+    def common(self) -> tuple[nn.Module, ...]:
+        return (self.positions,)
+
+    @property
+    def positions(self) -> nn.Module:
+        """The table of numbers for relative positions."""
+        return self.get_submodule("block.0.layer.0.SelfAttention.relative_attention_bias")
 
     def forward(
         self,
@@ -195,9 +220,8 @@ class Blocks(Stack):
 
     def bias(self, new: int, total: int, present: Bool[Tensor, "B S"] | None) -> Float[Tensor, "b H U S"]:
         """What the scores of the `new` last of `total` tokens are raised by: for its distance, or to be unseen."""
-        table = self.get_submodule("block.0.layer.0.SelfAttention.relative_attention_bias")
-        assert isinstance(table, nn.Embedding)
-        positions = torch.arange(total, device=table.weight.device)
+        table = self.positions
+        positions = torch.arange(total, device=home(next(table.parameters())))
         distances = positions[None, :] - positions[total - new :, None]  # (U, S), negative towards the beginning
         buckets = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
         bias = table(position_buckets(distances, *buckets, bidirectional=not self.is_decoder))  # (U, S, H)

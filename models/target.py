@@ -6,17 +6,20 @@ labels in data/manifest.json.
 
 import tomllib
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from models.adapter import load_adapter
-from models.checkpoint import load
+from models.adapter import prepare_adapter
+from models.checkpoint import unprepared
 from models.device import pick_device, pick_dtype
 from models.errors import CheckpointError
 from models.labelled import HEADS, load_labelled
 from models.model import Model
+from models.parallel.loading import loading
+from models.parallel.shard import ShardConfig
 from models.readers import read_json
 from models.tokenizer import Tokenizer, load_tokenizer
 from nf4 import QuantConfig
@@ -40,6 +43,10 @@ class LoadOptions:
     """Compute in auto, bfloat16, float16 or float32; auto is bfloat16 where the device multiplies it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: ddp gives each the whole model, fsdp a share of it."""
+    fsdp: ShardConfig = ShardConfig()
+    """How a model is shared."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,11 @@ def load_target(target: str | Path, options: LoadOptions = LoadOptions()) -> tup
 
 def load_parts(parts: Target, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> Model:
     """Base and adapter in one model; an adapter's head comes with it."""
+    how = loading(options.distributed, options.fsdp)
+    prepare = unprepared if parts.adapter is None else partial(prepare_adapter, path=parts.adapter)
     if parts.head is not None and options.head is None:
-        model = load_labelled(parts.base, parts.head, parts.labels, parts.quant, dtype, device)
-    else:
-        model = load(parts.base, parts.quant, dtype, device, options.head, options.num_labels)
-    if parts.adapter is not None:
-        load_adapter(model, parts.adapter)
-    return model.eval()
+        return load_labelled(parts.base, parts.head, parts.labels, parts.quant, dtype, device, prepare, how)
+    return how(parts.base, parts.quant, dtype, device, options.head, options.num_labels, prepare=prepare)
 
 
 def resolve(target: str | Path, options: LoadOptions = LoadOptions()) -> Target:

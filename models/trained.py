@@ -16,6 +16,8 @@ from models.adapter import save_adapter
 from models.errors import CheckpointError
 from models.lora import attached
 from models.model import Model
+from models.parallel import shares
+from models.parallel.agreement import agreed
 from models.peft_names import released_name
 from models.readers import Reader, RenamedReader, SafetensorsReader, open_files
 from models.tied_head import tied_heads
@@ -69,12 +71,16 @@ def restore_trained(model: Model, directory: str | Path) -> None:
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise CheckpointError(f"{directory}: was saved of another training: {shown}")
-    for name in parameters:
-        if not bool(reader.read(name).isfinite().all()):
-            where = reader.where(name)
-            raise CheckpointError(f"{where}: {name} holds NaN or infinity; the training that made it failed")
+    # Shares are looked at, each by its process, and then read; whole weights are read again, for they may be large.
+    with agreed(shares.any_shared(model)):
+        for name, parameter in parameters.items():
+            found = torch.empty_like(parameter)
+            shares.read(found, reader, name)
+            if not bool(shares.local(found).isfinite().all()):
+                where = reader.where(name)
+                raise CheckpointError(f"{where}: {name} holds NaN or infinity; the training that made it failed")
     for name, parameter in parameters.items():
-        parameter.copy_(reader.read(name))
+        shares.read(parameter, reader, name)
 
 
 def trained_reader(model: Model, directory: Path) -> Reader:

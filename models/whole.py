@@ -88,8 +88,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def computed_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter with its plain name, as the model computes with it: rounded one at a time."""
     for name, _ in model.named_parameters():
-        owner, leaf = place(model, plain_name(name))
-        yield plain_name(name), getattr(owner, leaf).detach()
+        yield plain_name(name), computed_parameter(model, plain_name(name))
+
+
+def computed_parameter(model: nn.Module, name: str) -> Tensor:
+    """The parameter behind a name, as the model computes with it."""
+    owner, leaf = place(model, name)
+    return getattr(owner, leaf).detach()
 
 
 def computed_dtype(owner: nn.Module, leaf: str) -> torch.dtype:

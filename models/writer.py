@@ -26,6 +26,7 @@ import nf4
 from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
 from models.model import Model
+from models.parallel.shares import refuse_shared
 from models.whole import computed_parameters
 from nf4 import QuantConfig, QuantizedTensor
 from nf4.storage import BITSANDBYTES
@@ -37,6 +38,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbyt
 
 def save(model: Model, directory: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model in the released names; quantized layers as bitsandbytes would save them."""
+    refuse_shared(model, "saving a model")
     adapted = [name for name, m in model.named_modules() if isinstance(m, AdaptableLinear) and m.lora_A]
     if adapted:
         raise ValueError(

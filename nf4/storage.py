@@ -80,7 +80,7 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> QuantizedTens
     bytes.
     """
     key, name, state = read_state(tensors, prefix)
-    block_size = whole(key, state, "blocksize")
+    config = read_config(tensors, prefix)
     dtype = DTYPES.get(state["dtype"]) if isinstance(state["dtype"], str) else None
     if dtype is None:
         refuse(key, f"dtype must be one of {', '.join(DTYPES)}, not {state['dtype']!r}")
@@ -88,7 +88,7 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> QuantizedTens
     shape = read_shape(key, state["shape"], packed, code_bits(name))
 
     n = math.prod(shape)
-    expected_bytes, num_blocks = -(-n * code_bits(name) // 8), -(-n // block_size)
+    expected_bytes, num_blocks = -(-n * code_bits(name) // 8), -(-n // config.block_size)
     if len(packed) != expected_bytes:
         refuse(prefix, f"codes of a weight of shape {shape} are {expected_bytes} bytes, not {len(packed)}")
     check_codes(prefix, packed, n, name)
@@ -97,17 +97,15 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> QuantizedTens
     nested = f"{prefix}.nested_absmax" in tensors
     absmax = read(tensors, f"{prefix}.absmax", torch.uint8 if nested else torch.float32, num_blocks)
     if not nested:
-        config = QuantConfig(codebook=name, block_size=block_size, double_quant=False)
         return QuantizedTensor(packed, absmax, None, None, None, shape, dtype, config)
 
-    nested_block_size = whole(key, state, "nested_blocksize")
     if state["nested_dtype"] != "float32":
         refuse(key, f"nested_dtype must be float32, not {state['nested_dtype']!r}")
     offset = state["nested_offset"]
     if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not abs(offset) < 3.4028235e38:
         refuse(key, f"nested_offset must be a finite number, not {offset!r}")
     nested_key = f"{prefix}.nested_absmax"
-    nested_absmax = read(tensors, nested_key, torch.float32, -(-num_blocks // nested_block_size))
+    nested_absmax = read(tensors, nested_key, torch.float32, -(-num_blocks // config.nested_block_size))
     check_table(tensors, f"{prefix}.nested_quant_map", dynamic_map(signed=True))
     q = QuantizedTensor(
         packed=packed,
@@ -117,11 +115,20 @@ def from_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> QuantizedTens
         absmax_offset=torch.tensor(float(offset), dtype=torch.float32, device=packed.device),
         shape=shape,
         dtype=dtype,
-        config=QuantConfig(name, block_size, True, nested_block_size),
+        config=config,
     )
     if not q.scales.isfinite().all():
         refuse(nested_key, "with nested_offset decodes to scales beyond float32")
     return q
+
+
+def read_config(tensors: Mapping[str, Tensor], prefix: str) -> QuantConfig:
+    """The format of the weight called `prefix`: its record says it, and of the other tensors no value is looked at."""
+    key, name, state = read_state(tensors, prefix)
+    block_size = whole(key, state, "blocksize")
+    if f"{prefix}.nested_absmax" not in tensors:
+        return QuantConfig(codebook=name, block_size=block_size, double_quant=False)
+    return QuantConfig(name, block_size, True, whole(key, state, "nested_blocksize"))
 
 
 def refuse(key: str, problem: str) -> NoReturn:

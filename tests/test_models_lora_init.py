@@ -16,7 +16,7 @@ import nf4
 from models import lora_init
 from models.linear import AdaptableLinear, Linear, NF4Linear
 from models.lora import adapted_layers, detach
-from models.lora_init import initialise, triplets
+from models.lora_init import divided, take, triplets
 from tests.golden import GOLDEN, layout
 
 IDS = torch.arange(24).view(2, 12) % 128
@@ -86,10 +86,10 @@ def test_any_weight_is_shared_between_base_and_adapter(shape, rank, alpha, init,
     torch.manual_seed(seed)
     weight = torch.randn(shape)
     q = kernels.quantize(weight)
-    layer = NF4Linear(q) if quantized else Linear.from_weight(weight)
+    layer = NF4Linear(q) if quantized else Linear.from_weight(weight.clone())
     layer.lora_A, layer.lora_B = nn.Linear(shape[1], rank, bias=False), nn.Linear(rank, shape[0], bias=False)
     layer.scaling = alpha / rank
-    initialise(layer, weight, init)
+    take(layer, divided(layer, weight, init))
     if init == "pissa":
         left = torch.linalg.svdvals(weight)[rank:].norm()
         torch.testing.assert_close((weight - branch(layer)).norm(), left, rtol=1e-4, atol=1e-5)
@@ -130,7 +130,7 @@ def test_loftq_keeps_the_best_of_its_rounds(monkeypatch, seed):
         monkeypatch.setattr(lora_init, "LOFTQ_ROUNDS", rounds)
         layer = NF4Linear(kernels.quantize(weight, nf4.QuantConfig(block_size=16)))
         layer.lora_A, layer.lora_B, layer.scaling = nn.Linear(16, 2, bias=False), nn.Linear(2, 8, bias=False), 2.0
-        initialise(layer, weight, "loftq")
+        take(layer, divided(layer, weight, "loftq"))
         found.append(distance(weight, layer))
     assert found == sorted(found, reverse=True)
     assert found[-1] < found[0]

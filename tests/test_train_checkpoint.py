@@ -17,7 +17,8 @@ from models.errors import CheckpointError, ConfigError, NonFiniteError, WriteErr
 from train.checkpoint import checkpoints, newest_checkpoint, problem, prune, write_checkpoint
 from train.loop import LoopConfig
 from train.optimizer import NAMES, OptimizerConfig, make_optimizer
-from train.optimizer_file import restore_states, save_states
+from train.optimizer_file import collect_states, restore_states, save_states
+from train.passes import Passes
 from train.run import Run
 from train.snapshot import newest_snapshot, read_snapshot, save_snapshot
 from train.state import LoopState
@@ -228,19 +229,18 @@ def restore(model, directory):
 
 
 def trained(name="adamw", steps=2, seed=0, ratio=1.0):
-    """A model and its optimizer after some steps."""
+    """A model, ready for passes, and its optimizer after some steps."""
     torch.manual_seed(seed)
-    model = Adapter()
-    parameters = dict(model.named_parameters())
+    passes = Passes(Adapter())
     settings: Any = {"name": name, "learning_rate": 0.01, "lora_plus_ratio": ratio}
-    optimizer = make_optimizer(parameters, OptimizerConfig(**settings))
+    optimizer = make_optimizer(passes.moved, OptimizerConfig(**settings))
     for _ in range(steps):
-        move(parameters, optimizer)
-    return model, parameters, optimizer
+        move(passes, optimizer)
+    return passes, optimizer
 
 
-def move(parameters, optimizer):
-    for parameter in parameters.values():
+def move(passes, optimizer):
+    for parameter in passes.moved.values():
         parameter.grad = torch.randn(parameter.shape)
     optimizer.step()
 
@@ -248,29 +248,31 @@ def move(parameters, optimizer):
 @pytest.mark.parametrize("ratio", [1.0, 4.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_states_come_back_under_their_parameters_names_and_go_on_alike(tmp_path, name, ratio):
-    model, parameters, optimizer = trained(name, ratio=ratio)
-    groups = save_states(optimizer, parameters, tmp_path)
-    assert json.loads(json.dumps(groups))[0]["params"][0] == "layer.lora_A.weight"
-    other, its, fresh = trained(name, steps=0, seed=1, ratio=ratio)
-    other.load_state_dict(model.state_dict())
-    restore_states(fresh, its, tmp_path, json.loads(json.dumps(groups)))
-    for these, those in ((parameters, optimizer), (its, fresh)):
+    passes, optimizer = trained(name, ratio=ratio)
+    states = collect_states(optimizer, passes)
+    save_states(states, tmp_path)
+    assert json.loads(json.dumps(states.groups))[0]["params"][0] == "layer.lora_A.weight"
+    other, fresh = trained(name, steps=0, seed=1, ratio=ratio)
+    other.model.load_state_dict(passes.model.state_dict())
+    restore_states(fresh, other, tmp_path, json.loads(json.dumps(states.groups)))
+    for these, those in ((passes, optimizer), (other, fresh)):
         torch.manual_seed(5)
         move(these, those)
-    for key, value in model.state_dict().items():
-        assert torch.equal(other.state_dict()[key], value)
+    for key, value in passes.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[key], value)
     assert optimizer.param_groups[0]["lr"] == fresh.param_groups[0]["lr"]
 
 
 def test_states_of_another_optimizer_or_of_other_parameters_are_refused(tmp_path):
-    _, parameters, optimizer = trained()
-    groups = save_states(optimizer, parameters, tmp_path)
-    _, its, lion = trained("lion", steps=0)
+    passes, optimizer = trained()
+    states = collect_states(optimizer, passes)
+    save_states(states, tmp_path)
+    its, lion = trained("lion", steps=0)
     with pytest.raises(CheckpointError, match=r"is not of this optimizer: .*Lion keeps exp_avg"):
-        restore_states(lion, its, tmp_path, groups)
-    _, its, plus = trained(steps=0, ratio=2.0)
+        restore_states(lion, its, tmp_path, states.groups)
+    its, plus = trained(steps=0, ratio=2.0)
     with pytest.raises(CheckpointError, match="the optimizer's parameters are not those of this training"):
-        restore_states(plus, its, tmp_path, groups)
+        restore_states(plus, its, tmp_path, states.groups)
 
 
 @pytest.fixture
@@ -280,9 +282,9 @@ def run(tmp_path):
 
 
 def saved(run, step, parts=None, keep=3):
-    model, parameters, optimizer = parts or trained()
+    passes, optimizer = parts or trained()
     state = LoopState(step=step, epoch=1, batch=2, tokens=3, evaluated=0)
-    return save_snapshot(run, model, parameters, optimizer, state, total=9, keep=keep, save=save)
+    return save_snapshot(run, passes, optimizer, state, total=9, keep=keep, save=save)
 
 
 def test_a_snapshot_says_how_far_everything_was_and_where_it_came_from(run):
@@ -294,12 +296,10 @@ def test_a_snapshot_says_how_far_everything_was_and_where_it_came_from(run):
     assert found.origin["data"] == {"d.jsonl": "00"}
     assert found.origin["base"] == {"m.bin": "11"}
     assert found.origin["config"]["max_steps"] == 9
-    model, parameters, optimizer = trained(steps=0, seed=3)
-    state = found.restore(model, parameters, optimizer, restore)
-    assert (state.step, torch.equal(parameters["layer.lora_B.weight"], trained()[1]["layer.lora_B.weight"])) == (
-        5,
-        True,
-    )
+    passes, optimizer = trained(steps=0, seed=3)
+    state = found.restore(passes, optimizer, restore)
+    assert state.step == 5
+    assert torch.equal(passes.moved["layer.lora_B.weight"], trained()[0].moved["layer.lora_B.weight"])
 
 
 def test_journals_are_cut_back_to_the_snapshot_and_one_that_lost_lines_is_refused(run):
@@ -331,7 +331,7 @@ def test_a_snapshot_of_another_format_is_refused(run):
 
 def test_an_adapter_that_has_learned_nothing_is_not_saved(run):
     parts = trained()
-    nn.init.zeros_(parts[1]["layer.lora_B.weight"])
+    nn.init.zeros_(parts[0].moved["layer.lora_B.weight"])
     with pytest.raises(ConfigError, match="after 1 steps every lora_B is still zero: the adapter has learned nothing"):
         saved(run, 1, parts)
     saved(run, 0, parts)  # before the first step that is as it should be
@@ -339,12 +339,12 @@ def test_an_adapter_that_has_learned_nothing_is_not_saved(run):
 
 def test_numbers_that_are_none_are_not_saved(run):
     parts = trained()
-    parts[1]["layer.lora_A.weight"].data[0, 0] = float("nan")
+    parts[0].moved["layer.lora_A.weight"].data[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"step 1: layer\.lora_A\.weight holds NaN or infinity \(1 of 2"):
         saved(run, 1, parts)
     assert newest_snapshot(run, print) is None
     parts = trained()
-    parts[2].state[parts[1]["layer.lora_A.weight"]]["exp_avg"][0, 0] = float("inf")
+    parts[1].state[parts[0].moved["layer.lora_A.weight"]]["exp_avg"][0, 0] = float("inf")
     with pytest.raises(RuntimeError, match=r"the optimizer's layer\.lora_A\.weight\.exp_avg holds NaN or infinity"):
         saved(run, 1, parts)
     assert names(run.checkpoints) == []

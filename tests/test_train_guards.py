@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 
 import models
 from models.errors import ConfigError, NonFiniteError
+from models.parallel import world
 from tests import tiny
 from tests.test_train_loop import CONFIG, ROWS, Rows, Toy, a_run, collate, text, train_lines
 from train.data.batches import Batch
 from train.nonfinite import find
 from train.optimizer import OptimizerConfig, make_optimizer
+from train.passes import Passes
 from train.run import Run
 from train.seed import seed_everything, seed_step
 from train.spikes import Spikes, longest
@@ -41,15 +43,34 @@ def batch(*wheres, value=5):
 # Seeds of steps
 
 
-def test_a_steps_seed_depends_on_both_numbers_and_on_nothing_that_came_before():
-    def draw(seed, step):
+def test_a_micro_batchs_seed_depends_on_its_numbers_and_on_nothing_that_came_before():
+    def draw(*numbers):
         torch.rand(7)
-        seed_step(seed, step)
+        seed_step(*numbers)
         return torch.rand(1).item()
 
-    drawn = {(seed, step): draw(seed, step) for seed in range(5) for step in range(20)}
+    numbers = [(seed, step, place) for seed in range(5) for step in range(20) for place in range(3)]
+    drawn = {key: draw(*key) for key in numbers}
     assert all(draw(*key) == value for key, value in drawn.items())
-    assert len(set(drawn.values())) == 100, "seed 1's step 2 is not seed 2's step 1"
+    assert len(set(drawn.values())) == 300, "seed 1's step 2 is not seed 2's step 1"
+    assert draw(4, 7) == drawn[4, 7, 0]
+
+
+def test_each_micro_batch_of_a_step_draws_by_its_own_number(tmp_path):
+    drawn = []
+
+    class Draws(Toy):
+        def loss(self, input_ids, attention_mask, labels):
+            drawn.append(torch.rand(1).item())
+            return super().loss(input_ids, attention_mask, labels)
+
+    a_run(tmp_path, replace(CONFIG, accumulation=4, max_steps=2), model=Draws(), seed=6)
+    expected = []
+    for step in (1, 2):
+        for place in range(4):
+            seed_step(6, step, place)
+            expected.append(torch.rand(1).item())
+    assert drawn == expected
 
 
 # Steps that are no numbers
@@ -65,8 +86,7 @@ def broken_llama(checkpoint, name):
 @pytest.mark.parametrize("layer", ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.v_proj", "model.norm"])
 def test_the_first_layer_whose_output_is_not_finite_is_named(checkpoint, layer):
     model = broken_llama(checkpoint, layer)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = find(model, parameters, [batch("a:1"), batch("a:2")], seed=1, number=3)
+    found = find(Passes(model), [batch("a:1"), batch("a:2")], seed=1, number=3)
     assert found is not None
     assert (found.layer, found.what, found.micro_batch) == (layer, "output", 0)
 
@@ -75,8 +95,7 @@ def test_where_only_the_gradient_breaks_the_layer_before_is_named(checkpoint):
     model = llama(checkpoint)
     norm = model.get_submodule("model.layers.1.input_layernorm")
     norm.register_forward_hook(lambda module, inputs, output: output + (output * 0).abs().sqrt())  # its slope: inf * 0
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = find(model, parameters, [batch("a:1")], seed=1, number=3)
+    found = find(Passes(model), [batch("a:1")], seed=1, number=3)
     assert found is not None
     assert found.layer in ("model.layers.1.input_layernorm", "model.layers.0")
     assert found.what == "gradient"
@@ -86,7 +105,7 @@ def test_a_step_that_breaks_by_what_it_draws_breaks_again_when_it_is_looked_for(
     model = llama(checkpoint)
     norm = model.get_submodule("model.layers.0.input_layernorm")
     norm.register_forward_hook(lambda module, inputs, output: output / (torch.rand(()) > 0.1))  # one step in ten
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    passes = Passes(model)
 
     def breaks(number):
         seed_step(1, number)
@@ -95,7 +114,7 @@ def test_a_step_that_breaks_by_what_it_draws_breaks_again_when_it_is_looked_for(
     numbers = {broken: [n for n in range(1, 60) if breaks(n) == broken][:3] for broken in (True, False)}
     for broken, some in numbers.items():
         for number in some:
-            found = find(model, parameters, [batch("a:1")], seed=1, number=number)
+            found = find(passes, [batch("a:1")], seed=1, number=number)
             assert (found is not None) == broken
             assert found is None or found.layer == "model.layers.0.input_layernorm"
 
@@ -110,9 +129,8 @@ class Poisoned(Toy):
 
 def test_a_step_that_breaks_says_where_and_leaves_its_batch(tmp_path):
     class Named(Rows):
-        def epoch(self, number, start=0):
-            for i, b in enumerate(super().epoch(number, start), start):
-                yield Batch(b.inputs, (f"data.jsonl:{i + 1}",))
+        def micro_batch(self, number, place, part=0, parts=1):
+            return replace(super().micro_batch(number, place), where=(f"data.jsonl:{place + 1}",))
 
     rows = [([1, 2, 3], 0)] * 5 + [([9, 9, 9], 0)] + [([1, 2, 3], 0)] * 4
     config = replace(CONFIG, accumulation=2, max_steps=5)
@@ -148,14 +166,23 @@ def test_every_b_must_have_a_gradient_that_is_not_zero(checkpoint):
         check_all_moved(parameters)
 
 
+def test_a_b_that_moves_in_another_process_is_good(checkpoint, monkeypatch):
+    passes = Passes(llama(checkpoint))
+    passes.model.loss(**batch("a:1").inputs).backward()
+    silent = passes.parameters["model.layers.1.mlp.down_proj.lora_B.weight"]
+    silent.grad = torch.zeros_like(silent)
+    monkeypatch.setattr(world, "most", lambda *flags: (1.0,) * len(flags))
+    check_all_moved(passes.parameters)
+
+
 def test_the_first_step_looks_at_every_b_and_later_ones_do_not(checkpoint):
     model = llama(checkpoint)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parameters["model.layers.0.mlp.up_proj.lora_B.weight"].register_hook(torch.zeros_like)
-    with make_optimizer(parameters, OptimizerConfig()) as optimizer:
+    passes = Passes(model)
+    passes.parameters["model.layers.0.mlp.up_proj.lora_B.weight"].register_hook(torch.zeros_like)
+    with make_optimizer(passes.moved, OptimizerConfig()) as optimizer:
         with pytest.raises(ConfigError, match="step 1: the gradient of 1 of 14 lora_B is zero"):
-            update(model, parameters, optimizer, [batch("a:1")], 1, 1.0)
-        update(model, parameters, optimizer, [batch("a:1")], 2, 1.0)
+            update(passes, optimizer, [batch("a:1")], 1, 1.0)
+        update(passes, optimizer, [batch("a:1")], 2, 1.0)
 
 
 # Steps that stand out
@@ -198,6 +225,12 @@ def test_the_longest_example_is_found_in_packed_rows_too():
     assert longest([Batch({"input_ids": mask, "labels": mask}, ("a", "b"))]) == "a (7 tokens)"
 
 
+def test_the_longest_example_is_that_of_all_processes(monkeypatch):
+    monkeypatch.setattr(world, "from_all", lambda found: [found, ("there:1", 9), ("there:2", 3)])
+    assert longest([marked(4, 6)]) == "there:1 (9 tokens)"
+    assert longest([marked(4, 12)]).endswith("(12 tokens)")
+
+
 def test_a_remark_goes_to_the_log_and_changes_nothing(tmp_path):
     rows = [([1, 2, 3, 4, 5, 6], 0)] * 15 + [([7, 8], 0)] + [([1, 2, 3, 4, 5, 6], 0)] * 4
     _, run, _ = a_run(tmp_path, replace(CONFIG, accumulation=1, max_steps=18), batches=Rows(rows, shuffle=False))
@@ -212,7 +245,7 @@ class Longest(Rows):
 
     asked = 0
 
-    def longest(self, number=0):
+    def longest(self, number=0, parts=1):
         self.asked += 1
         return collate([max(self.rows, key=lambda row: len(row[0]))])
 
@@ -231,11 +264,12 @@ def test_the_dry_step_changes_no_digit(tmp_path):
 
 def test_the_dry_step_takes_the_memory_of_states_and_gradients_and_leaves_no_gradient():
     model = Toy()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    passes = Passes(model)
+    parameters = passes.parameters
     optimizer = make_optimizer(parameters, OptimizerConfig())
     seen = []
     model.dropout.register_forward_hook(lambda *_: seen.extend(p.grad is not None for p in parameters.values()))
-    dry_step(model, parameters, optimizer, collate(ROWS))
+    dry_step(passes, optimizer, collate(ROWS))
     assert seen == [True, True]
     assert optimizer.state_bytes > 0
     assert not optimizer.state_dict()["state"]
@@ -244,7 +278,7 @@ def test_the_dry_step_takes_the_memory_of_states_and_gradients_and_leaves_no_gra
 
 def test_memory_that_runs_out_does_so_before_the_first_step_and_is_told_in_status(tmp_path):
     class Large(Longest):
-        def longest(self, number=0):
+        def longest(self, number=0, parts=1):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
 
     with pytest.raises(torch.OutOfMemoryError):

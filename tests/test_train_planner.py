@@ -162,6 +162,23 @@ def test_a_ledger_knows_the_fullest_moment_and_what_was_alive():
     assert ledger.parts(("one",)) == {"second": 1024, "work of the moment": 512}
 
 
+def test_a_storage_that_is_resized_leaves_moments_before_it_as_they_were():
+    ledger = Ledger(granularity=512)
+    ledger.label = "kept"
+    kept = torch.empty(1024, dtype=torch.uint8)
+    ledger.note(kept)
+    ledger.begin(("one",))
+    ledger.resize(kept, 0, "gathered")
+    assert ledger.total == 0
+    ledger.enter(("two",))
+    ledger.resize(kept, 700, "gathered")
+    ledger.resize(kept, 0, "gathered")
+    ledger.settle()
+    assert (ledger.parts(("one",)), ledger.parts(("two",))) == ({"kept": 1024}, {"gathered": 1024})
+    del kept
+    assert not ledger.live
+
+
 def test_what_is_simulated_has_values_only_where_code_asks_for_them():
     with simulated("cpu") as ledger:
         ids = torch.tensor([[5, 7]]).to("meta")

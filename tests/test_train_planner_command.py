@@ -58,6 +58,63 @@ def test_what_fits_is_told_and_what_would_make_it_fit(capsys, config):
     assert any(switch["flags"] == "--gradient-checkpointing" for switch in tight["switches"])
 
 
+def test_a_plan_for_several_gpus_says_what_each_has_and_sends(capsys, config):
+    arguments = ["--model", config, "--max-len", 64, "--lora.rank", 4, "--accumulation", 4]
+    alone = estimate(capsys, *arguments)
+    assert (alone["nproc"], alone["distributed"], alone["traffic"]["sent"]) == (1, None, 0)
+    shared = estimate(capsys, *arguments, "--nproc", 2)
+    assert shared["distributed"] == "fsdp"  # nothing is said of a GPU that would hold it all
+    assert shared["parts"]["codes"] == alone["parts"]["codes"] / 2
+    traffic = shared["traffic"]
+    assert traffic["rounds"] == 2
+    assert traffic["gathered"] == 2 * (traffic["forward"] + traffic["backward"])
+    assert traffic["sent"] == (traffic["gathered"] + traffic["reduced"]) // 2
+    whole = estimate(capsys, *arguments, "--nproc", 2, "--gpu", "24GB")
+    assert whole["distributed"] == "ddp"
+    assert whole["traffic"]["sent"] == whole["traffic"]["all_reduced"] == whole["parts"]["buckets"]
+    offloaded = estimate(capsys, *arguments, "--nproc", 2, "--fsdp.cpu-offload")
+    assert offloaded["host_parts"]["codes"] == shared["parts"]["codes"]
+    assert "codes" not in offloaded["parts"]
+
+
+def test_the_table_has_the_whole_model_and_each_process_s_share(capsys, config, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["--model", str(config), "--max-len", "64", "--lora.rank", "4"]
+    assert qlora.main(["estimate", *arguments, "--nproc", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "on each of 2 GPUs" in text
+    assert "whole, MiB" in text
+    assert "weights put together from shares" in text
+    assert "a step is 8 micro-batches for each process" in " ".join(text.split())
+
+
+FULL = {
+    **SMALL, "hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def full(tmp_path):
+    """The config of a model that takes some GiB where every weight is trained, and flags for that."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(FULL))
+    return ["--model", str(path), "--no-adapters", "--no-quantize", "--accumulation", "4", "--max-len", "64"]
+
+
+def test_what_fits_on_more_gpus_is_told(capsys, full):
+    one = estimate(capsys, *full, "--gpu", "4.6GB")
+    assert not one["fits"]
+    assert one["devices"]["nproc"] == 2
+    assert one["devices"]["takes_bytes"] <= one["gpu_bytes"]
+    two = estimate(capsys, *full, "--gpu", "3.4GB", "--nproc", 2)
+    assert (two["distributed"], two["fits"]) == ("fsdp", False)
+    assert "--fsdp.cpu-offload" in [switch["flags"] for switch in two["switches"] if switch["fits"]]
+    whole = estimate(capsys, *full, "--gpu", "5GB", "--nproc", 2, "--distributed", "ddp")
+    assert "--distributed fsdp" in [switch["flags"] for switch in whole["switches"] if switch["fits"]]
+
+
 def test_full_fine_tuning_and_a_cpu_can_be_planned(capsys, config):
     full = estimate(capsys, "--model", config, "--no-quantize", "--no-adapters", "--device", "cpu")
     assert full["trained"] == full["parameters"]
@@ -72,6 +129,7 @@ def test_full_fine_tuning_and_a_cpu_can_be_planned(capsys, config):
         (["--model", "llama-7b", "--max-len", "4000"], "max_len is 4000, but the model knows 2048", 2),
         (["--model", "llama-7b", "--no-adapters"], "add --no-quantize", 2),
         (["--model", "llama-7b", "--batch-size", "0"], "batch_size must be at least 1, not 0", 2),
+        (["--model", "llama-7b", "--nproc", "0"], "nproc must be at least 1, not 0", 2),
         (["--model", "llama-7b", "--gpu", "24", "--device", "cpu"], "leave device at cuda", 2),
         (["--model", "llama-7b", "--lora.target-modules", "nothing"], "no layer is called nothing", 2),
     ],
@@ -119,6 +177,26 @@ def test_advice_names_the_changes_and_other_errors_pass(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError) as other, advised(config, 256):
         raise RuntimeError("shapes differ")
     assert not hasattr(other.value, "__notes__")
+
+
+def test_advice_for_a_gpu_knows_of_more_of_them(full):
+    from train.data import DataConfig
+    from train.planner.advice import suggestion
+    from train.recipe import RunConfig
+
+    config = RunConfig(
+        model=full[1],
+        data=DataConfig(path="none"),
+        max_steps=1,
+        adapters=False,
+        quantize=False,
+        accumulation=4,
+        dtype="bfloat16",
+    )
+    said = suggestion(config, int(4.6 * 2**30), max_len=64)
+    assert ", or on 2 such GPUs with --nproc 2 --distributed fsdp: " in said
+    assert "no setting makes it fit" in suggestion(config, 2**29, max_len=64)
+    assert "such GPUs" not in suggestion(config, 2**29, max_len=64, device=torch.device("cpu"))
 
 
 def test_what_is_out_of_memory():

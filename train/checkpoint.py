@@ -30,12 +30,17 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_partial(folder)
-    place = folder / f"step-{step:06d}"
+    place = step_directory(folder, step)
     if not (place.exists() and problem(place) is None):
         put(place, fill)
     write_whole(folder / "latest", f"{place.name}\n")
     prune(folder, keep)
     return place
+
+
+def step_directory(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:06d}"
 
 
 def put(place: Path, fill: Callable[[Path], None]) -> None:

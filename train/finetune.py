@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from models.labelled import HEADS
+from models.parallel import world
+from models.parallel.launch import Processes
 from models.precision import parts_in_memory, statement
 from train.loop import TrainResult, without_split
 from train.mmlu import remark, shown
-from train.preparation import Finetuning, prepare
+from train.preparation import Finetuning, prepare, way
 from train.recipe import RunConfig
 from train.run import read_metrics
 
@@ -21,6 +23,10 @@ class TrainOptions(RunConfig):
 
     json: bool = field(default=False, metadata={"saved": False})
     """Print one JSON object on stdout."""
+
+    @property
+    def processes(self) -> Processes:
+        return Processes(self.nproc, self.device, self.timeout)
 
 
 def command(options: TrainOptions, console: "Console") -> dict[str, Any]:
@@ -39,7 +45,8 @@ def outcome(finetuning: Finetuning, result: TrainResult, console: "Console") -> 
     """Say what came of a run, and give it as JSON would; one that was interrupted ends the process."""
     for evaluation in (result.evaluations[0], result.evaluations[-1]) if result.evaluations else ():
         console.print(f"{measured(evaluation)} after step {evaluation['step']:.0f}")
-    tracked = [line for line in read_metrics(finetuning.run.directory) if line["split"] == "mmlu"]
+    lines = read_metrics(finetuning.run.directory) if world.is_main() else []
+    tracked = [line for line in lines if line["split"] == "mmlu"]
     for line in (tracked[0], tracked[-1]) if tracked else ():
         console.print(f"{shown(line)} after step {line['step']}")
     console.print(f"{result.status}: {finetuning.result.name} in {finetuning.result}")
@@ -74,7 +81,19 @@ def opening(finetuning: Finetuning, given: RunConfig) -> list[str]:
         lines.append("every weight is trained, in float32")
     if finetuning.examination is not None:
         lines += remark(finetuning.examination, config.mmlu)
-    return [*lines, statement(parts_in_memory(finetuning.model))]
+    together = processes(config)
+    return [*lines, *([together] if together else []), statement(parts_in_memory(finetuning.model))]
+
+
+def processes(config: RunConfig) -> str | None:
+    """How many processes train, what each of them has, and what they do in a step; nothing where there is one."""
+    if world.size() == 1:
+        return None
+    has = "each with the whole model (ddp)" if way(config) == "ddp" else "each with a share of the model (fsdp)"
+    batch = f"{config.batch_size} {'row' if config.batch_size == 1 else 'rows'}"
+    if config.batch_tokens is not None:
+        batch = f"at most {config.batch_tokens} tokens"
+    return f"{world.size()} processes, {has}; a step is {config.accumulation} x {batch}, dealt among them"
 
 
 def learned(manifest: dict[str, Any]) -> str:

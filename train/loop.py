@@ -3,27 +3,30 @@
 Within a step the order is: the step, its metrics, an evaluation if one is due, a checkpoint if one is due. So a
 checkpoint comes with everything that was written about its step, and a run that goes on from it writes what a run that
 was never stopped would have written.
+
+Several processes run this loop together, each on its part of every step's micro-batches, and one of them writes. They
+take the same way at each turn of it: what only one knows, a signal that came or a request to save, is agreed on first.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import nn
-
 from models.errors import ConfigError, DataError, NonFiniteError, WriteError
+from models.parallel import world
 from models.trained import restore_trained, save_trained
 from train import nonfinite
 from train.data.batches import Batch
+from train.data.dealing import dealt
 from train.interrupt import Interrupt
 from train.memory import peak_memory_bytes
 from train.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from train.paged.fused import FusedOptimizer
+from train.passes import Passes, passes_of
 from train.plot import plot_runs
 from train.progress import Progress
 from train.run import Run, read_metrics
@@ -43,8 +46,8 @@ class BatchSource(Protocol):
         """Say how many micro-batches an epoch has."""
         ...
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
-        """Give the micro-batches of an epoch from position `start` on."""
+    def micro_batch(self, number: int, place: int, part: int = 0, parts: int = 1) -> Batch:
+        """Give the one at a place in an epoch; or a part of its rows, of so many, which may have none."""
         ...
 
 
@@ -120,9 +123,9 @@ class TrainResult:
     seconds: float = 0.0
     """Of this process."""
     peak_memory: int = 0
-    """In bytes; of tensors on a CUDA device, of the whole process on a CPU."""
+    """In bytes; of tensors on a CUDA device, of the whole process on a CPU. Of several that which took most."""
     state_bytes: int = 0
-    """What the optimizer's states took."""
+    """What the optimizer's states took, in the process where they took most."""
     managed_bytes: int = 0
     """Those of them in managed memory, which `peak_memory` doesn't count."""
     signal: int | None = None
@@ -152,19 +155,21 @@ def train(
     a checkpoint made and its STATUS set. `save` and `restore` are what a checkpoint does with the weights.
     """
     started = time.perf_counter()
+    main = world.is_main()
     with run, room(run), ExitStack() as stack:
-        parameters = trainable(model)
-        device = next(iter(parameters.values())).device
+        passes = passes_of(model)
         total = total_steps(config, batches)
-        optimizer = stack.enter_context(make_optimizer(parameters, config.optimizer))  # its memory goes with the block
+        optimizer = stack.enter_context(
+            make_optimizer(passes.moved, config.optimizer)
+        )  # its memory goes with the block
         state, notes = LoopState(), list[str]()
         if begin is not None:
             notes = going_on(begin, total, config.optimizer)
-            state = begin.restore(model, parameters, optimizer, restore)
+            state = begin.restore(passes, optimizer, restore)
             notes += run.go_on(config, begin.journals)
             run.step = state.step
-        spikes = Spikes(read_metrics(run.directory))
-        progress = Progress(total, done=state.step, every=config.log_every, quiet=quiet, write=run.log)
+        spikes = Spikes(written(run))
+        progress = Progress(total, done=state.step, every=config.log_every, quiet=quiet or not main, write=run.log)
         asked = run.directory / "save"
 
         def due(steps: int | None) -> bool:
@@ -186,9 +191,10 @@ def train(
 
         def checkpoint() -> None:
             keep = config.keep_checkpoints
-            place = save_snapshot(run, model, parameters, optimizer, state, total=total, keep=keep, save=save)
+            place = save_snapshot(run, passes, optimizer, state, total=total, keep=keep, save=save)
             run.log(f"step {state.step}/{total}  saved {place.relative_to(run.directory)}")
-            asked.unlink(missing_ok=True)
+            if main:
+                asked.unlink(missing_ok=True)
 
         def step(micro_batches: list[Batch]) -> None:
             progress.begin()
@@ -196,24 +202,33 @@ def train(
             number = state.step + 1
             rate = learning_rate(number, total, config.optimizer)
             set_learning_rate(optimizer, rate)
-            seed_step(seed, number)
             try:
-                made = update(model, parameters, optimizer, micro_batches, number, config.optimizer.max_grad_norm)
+                with world.doing(f"the gradients of step {number}"):
+                    made = update(passes, optimizer, micro_batches, number, config.optimizer.max_grad_norm, seed)
             except BrokenStep as broken:
                 directory = run.directory / "nonfinite" / f"step-{number:06d}"
-                raise nonfinite.report(directory, model, parameters, micro_batches, broken, seed) from broken
+                raise nonfinite.report(directory, passes, micro_batches, broken, seed) from broken
             state.step = number
             state.tokens += made.tokens
             run.metrics(number, "train", lr=rate, **made._asdict())
             seconds = time.perf_counter() - began
-            speed, memory = made.tokens / seconds, peak_memory_bytes(device)
+            speed, memory = made.tokens / seconds, peak()
             run.timing(number, seconds=seconds, tokens_per_second=speed, peak_memory=memory)
             progress.step(number, made.loss, rate, speed, memory)
             for remark in spikes.step(number, made.loss, made.labels, made.tokens, micro_batches):
                 run.log(remark)
 
+        def peak() -> int:
+            return int(world.most(peak_memory_bytes(passes.device))[0])
+
+        def wishes() -> tuple[int, bool]:
+            """The signal that came to any process, 0 for none; and whether somebody wants a checkpoint."""
+            signal, wanted = world.most(interrupt.signal or 0, main and asked.exists())
+            return int(signal), bool(wanted)
+
         def draw() -> None:
-            plot_runs([run.directory], run.directory / "plots" / "loss.png")
+            if main:
+                plot_runs([run.directory], run.directory / "plots" / "loss.png")
 
         try:
             with progress, Interrupt() as interrupt:
@@ -221,14 +236,19 @@ def train(
                 for note in notes:
                     progress.say(note)
                 if config.dry_step and state.step < total:
-                    try_longest(model, parameters, optimizer, batches, state)
+                    with world.doing("a trial of the longest batch"):
+                        try_longest(passes, optimizer, batches, state, config.accumulation)
                 groups = accumulated(batches, config.accumulation, state, total)
                 while True:
-                    if interrupt.signal is None and any(map(due, (None, *(it.eval_steps for it in watchers)))):
-                        evaluate()
-                    if interrupt.signal is not None or asked.exists() or checkpoint_due(state, config, total):
-                        checkpoint()
-                    if interrupt.signal is not None or state.step >= total:
+                    signal, wanted = wishes()
+                    if not signal and any(map(due, (None, *(it.eval_steps for it in watchers)))):
+                        with world.doing(f"the evaluation after step {state.step}"):
+                            evaluate()
+                        signal, wanted = wishes()
+                    if signal or wanted or checkpoint_due(state, config, total):
+                        with world.doing(f"the checkpoint of step {state.step}"):
+                            checkpoint()
+                    if signal or state.step >= total:
                         break
                     step(next(groups))
             done = state.step >= total and state.evaluated == state.step
@@ -239,8 +259,9 @@ def train(
             if not isinstance(error, (OSError, WriteError)):
                 draw()
             raise
-        state_bytes, managed_bytes = optimizer.state_bytes, optimizer.managed_bytes
-    lines = read_metrics(run.directory)
+        state_bytes, managed_bytes = map(int, world.most(optimizer.state_bytes, optimizer.managed_bytes))
+        memory = peak()
+    lines = written(run)
     losses = [line["loss"] for line in lines if line["split"] == "train"]
     return TrainResult(
         state=state,
@@ -248,11 +269,16 @@ def train(
         loss=losses[-1] if losses else None,
         evaluations=tuple(without_split(line) for line in lines if line["split"] == "eval"),
         seconds=time.perf_counter() - started,
-        peak_memory=peak_memory_bytes(device),
+        peak_memory=memory,
         state_bytes=state_bytes,
         managed_bytes=managed_bytes,
-        signal=None if done else interrupt.signal,
+        signal=None if done else signal,
     )
+
+
+def written(run: Run) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, which the main process reads for all."""
+    return world.from_main(read_metrics(run.directory) if world.is_main() else [])
 
 
 def going_on(begin: Snapshot, total: int, config: OptimizerConfig) -> list[str]:
@@ -282,28 +308,20 @@ def checkpoint_due(state: LoopState, config: LoopConfig, total: int) -> bool:
 
 
 def try_longest(
-    model: Any,
-    parameters: dict[str, nn.Parameter],
-    optimizer: FusedOptimizer,
-    batches: BatchSource,
-    state: LoopState,
+    passes: Passes, optimizer: FusedOptimizer, batches: BatchSource, state: LoopState, accumulation: int
 ) -> None:
-    """Make a dry step on the longest batch, of a source that knows which one it is."""
+    """Make a dry step on the longest batch, of a source that knows which one it is.
+
+    Of that a process gets a part if there are fewer micro-batches than processes.
+    """
     longest = getattr(batches, "longest", None)
     if longest is not None:
-        dry_step(model, parameters, optimizer, longest(state.epoch))
+        parts = max(1, world.size() // accumulation)
+        dry_step(passes, optimizer, longest(state.epoch, parts))
 
 
 def without_split(line: dict[str, Any]) -> dict[str, int | float]:
     return {name: value for name, value in line.items() if name != "split"}
-
-
-def trainable(model: Any) -> dict[str, nn.Parameter]:
-    """Give what is to be trained, by name."""
-    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    if not parameters:
-        raise ConfigError("the model has no trainable parameter; attach adapters before training")
-    return parameters
 
 
 def total_steps(config: LoopConfig, batches: BatchSource) -> int:
@@ -323,16 +341,22 @@ def total_steps(config: LoopConfig, batches: BatchSource) -> int:
 
 
 def accumulated(batches: BatchSource, accumulation: int, state: LoopState, total: int) -> Iterator[list[Batch]]:
-    """Give the micro-batches of each step, from where the state is, moving its position on.
+    """Give this process's micro-batches of each step, from where the state is, moving its position on.
 
     A step never spans two epochs.
     """
     while state.step < total:
-        epoch = iter(batches.epoch(state.epoch, state.batch))
-        while state.step < total and (group := list(islice(epoch, accumulation))):
-            state.batch += len(group)
-            yield group
-        if state.batch == 0:
+        count = batches.count(state.epoch)
+        if not count:
             raise DataError(f"epoch {state.epoch} has no batch to train on")
+        while state.step < total and state.batch < count:
+            first = state.batch
+            state.batch = min(first + accumulation, count)
+            yield [
+                replace(
+                    batches.micro_batch(state.epoch, first + it.micro_batch, it.part, it.parts), number=it.micro_batch
+                )
+                for it in dealt(state.batch - first, world.rank(), world.size())
+            ]
         if state.step < total:
             state.epoch, state.batch = state.epoch + 1, 0

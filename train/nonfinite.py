@@ -3,11 +3,11 @@
 The step is made once more from the same weights and the same seed, this time with an eye on what every layer gives and
 on the gradient that comes back to it. What a layer gives comes in the order of the forward pass, so the first one that
 is not finite is where it began; gradients come from the end of the model, and the first broken one lies just before
-what broke it.
+what broke it. Several processes make it again together, each with its own micro-batches, and one of them writes.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.errors import NonFiniteError
+from models.parallel import world
 from train.data.batches import Batch
+from train.passes import Passes
 from train.seed import seed_step
 from train.step import BrokenStep
 
@@ -35,27 +37,40 @@ class Place:
 
 
 def report(
-    directory: Path,
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    micro_batches: Sequence[Batch],
-    broken: BrokenStep,
-    seed: int,
+    directory: Path, passes: Passes, micro_batches: Sequence[Batch], broken: BrokenStep, seed: int
 ) -> NonFiniteError:
     """Find where a step broke, write its batch and a report into the directory, and give the error that says so."""
-    gradients = [name for name, p in parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-    for parameter in parameters.values():
-        parameter.grad = None
-    origin = find(model, parameters, micro_batches, seed, broken.number)
-    for parameter in parameters.values():
-        parameter.grad = None
-    guilty = micro_batches if origin is None else [micro_batches[origin.micro_batch]]
+    broke = {name: p.grad is not None and not finite(p.grad) for name, p in passes.moved.items()}
+    anywhere = world.most(*broke.values())
+    gradients = [name for name, it in zip(broke, anywhere, strict=True) if it]
+    passes.zero_grad()
+    batches = of_all(micro_batches)
+    origin = find(passes, micro_batches, seed, broken.number)
+    passes.zero_grad()
+    guilty = batches if origin is None else [batch for batch in batches if batch.number == origin.micro_batch]
     examples = [where for batch in guilty for where in batch.where]
+    if world.is_main():
+        write(directory, batches, broken, seed, origin, gradients)
+    return NonFiniteError(said(broken, origin, gradients, examples, directory))
 
+
+def of_all(micro_batches: Sequence[Batch]) -> list[Batch]:
+    """The micro-batches of all processes, or the parts of them, in order."""
+    mine = [batch for batch in micro_batches if len(batch.inputs["input_ids"])]
+    return sorted((batch for own in world.from_all(mine) for batch in own), key=lambda batch: batch.number)
+
+
+def write(
+    directory: Path,
+    batches: Sequence[Batch],
+    broken: BrokenStep,
+    seed: int,
+    origin: Place | None,
+    gradients: Sequence[str],
+) -> None:
+    """Leave the step's batch and the report."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{i}.{name}": t.contiguous() for i, batch in enumerate(micro_batches) for name, t in batch.inputs.items()
-    }
+    tensors = {f"{i}.{name}": t.contiguous() for i, batch in enumerate(batches) for name, t in batch.inputs.items()}
     save_file(tensors, directory / "batch.safetensors", {"format": "pt"})
     content: dict[str, Any] = {
         "step": broken.number,
@@ -64,10 +79,9 @@ def report(
         "grad_norm": str(broken.grad_norm),
         "origin": None if origin is None else asdict(origin),
         "parameters": gradients,
-        "examples": [list(batch.where) for batch in micro_batches],
+        "examples": [list(batch.where) for batch in batches],
     }
     (directory / "report.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return NonFiniteError(said(broken, origin, gradients, examples, directory))
 
 
 def said(broken: BrokenStep, origin: Place | None, gradients: list[str], examples: list[str], directory: Path) -> str:
@@ -88,27 +102,31 @@ def said(broken: BrokenStep, origin: Place | None, gradients: list[str], example
     )
 
 
-def find(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], micro_batches: Sequence[Batch], seed: int, number: int
-) -> Place | None:
-    """The first layer whose output, or else the first whose gradient, is not finite; None if all are this time."""
-    device = next(iter(parameters.values())).device
-    seed_step(seed, number)
-    for index, batch in enumerate(micro_batches):
-        if not model.label_count(batch.inputs["labels"]):  # pyrefly: ignore[not-callable]
+def find(passes: Passes, micro_batches: Sequence[Batch], seed: int, number: int) -> Place | None:
+    """The first layer whose output, or else the first whose gradient, is not finite; None if all are this time.
+
+    In each round the processes look at what all of them have found, so that none waits for one that has stopped.
+    """
+    model = passes.model
+    for batch in micro_batches:
+        counts = bool(model.label_count(batch.inputs["labels"]))
+        if not counts and world.size() == 1:
             continue  # as in the step: the mean over no label would be nan
+        seed_step(seed, number, batch.number)
         watch = Watch(model)
         with watch:
-            loss = model.loss(**batch.to(device).inputs)  # pyrefly: ignore[not-callable]
+            loss = model.loss(**(batch if counts else batch.stand_in()).to(passes.device).inputs)
             watch.forward = False  # blocks that are computed again in the backward pass say nothing new
-            if watch.output is None and bool(loss.isfinite().all()):
+            if watch.output is None and not finite(loss):
+                watch.output = "the loss itself"
+            if not any(world.most(watch.output is not None)):
                 loss.backward()
-        if watch.output is None and not bool(loss.isfinite().all()):
-            return Place("the loss itself", "output", index)
-        if watch.output is not None:
-            return Place(watch.output, "output", index)
-        if watch.gradient is not None:
-            return Place(watch.gradient, "gradient", index)
+        found = Place(watch.output, "output", batch.number) if watch.output is not None else None
+        if found is None and watch.gradient is not None:
+            found = Place(watch.gradient, "gradient", batch.number)
+        places = [place for place in world.from_all(found) if place is not None]
+        if places:
+            return min(places, key=lambda place: place.micro_batch)
     return None
 
 

@@ -2,10 +2,13 @@
 
 The order matters: data first, because its mistakes are the commonest and cheapest to find; seeds before the model and
 its adapters, of which parts start from random numbers; the result read back after it is written, before the run calls
-itself done.
+itself done. Several processes do all of it alike, and one of them writes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,15 @@ import torch
 from eval.held_out import held_out_loss
 from eval.labels import agreement, predict
 from eval.mmlu.tracking import Examination
-from models import ConfigError, Model, Refusal, attach_lora, load, save_adapter, save_tokenizer
-from models.checkpoint import Description, describe
+from models import ConfigError, Model, Refusal, save_adapter, save_tokenizer
+from models.checkpoint import Description, describe, unprepared
 from models.device import pick_device, pick_dtype
 from models.fingerprint import fingerprint
 from models.labelled import HEADS, labelling, load_labelled
+from models.lora import prepare_lora
+from models.parallel import shares, world
+from models.parallel.agreement import agreed
+from models.parallel.loading import loading
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.trained import save_model
 from models.whole import train_every_weight
@@ -28,8 +35,9 @@ from train.data.glue import measures
 from train.loop import TrainResult, Watcher, train
 from train.mmlu import MmluWatcher, examination
 from train.planner.advice import advised
+from train.planner.choose import choose
 from train.recipe import RunConfig
-from train.run import Run
+from train.run import Follower, Run
 from train.samples import sampler
 from train.seed import seed_everything
 from train.snapshot import room
@@ -86,8 +94,9 @@ class Finetuning:
         )
         begin = how.get("begin")
         start = begin.state.step if begin else 0
-        board = tensorboard(self.run, start, on=config.tensorboard)
-        with self.run, room(self.run), advised(config, self.data.manifest["longest"]), board:
+        board = tensorboard(self.run, start, on=config.tensorboard and world.is_main())
+        told, advice = world.last_words(self.run.tell_of), advised(config, self.data.manifest["longest"])
+        with self.run, told, room(self.run), advice, board:
             result = train(
                 self.model,
                 batches,
@@ -114,11 +123,14 @@ class Finetuning:
 
     def save(self) -> None:
         """Write the adapter, or the whole model with its tokenizer."""
-        if self.config.adapters:
-            save_adapter(self.model, self.result)
-        else:
-            save_model(self.model, self.result)
-            save_tokenizer(self.tokenizer, self.result)
+        with shares.whole(self.model), agreed():
+            if not world.is_main():
+                return
+            if self.config.adapters:
+                save_adapter(self.model, self.result)
+            else:
+                save_model(self.model, self.result)
+                save_tokenizer(self.tokenizer, self.result)
 
 
 def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
@@ -137,13 +149,19 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     if planned.task in HEADS:
         data.manifest["labels"] = list(planned.labels)
     check_length(data, base, config.batch_tokens)
+    config = replace(config, distributed=choose(config, data.manifest["longest"], device))  # and a resumed run keeps it
     asked = examination(config.mmlu, tokenizer, base)
     opened = run or create(config, data, tokenizer, device)
-    with opened, advised(config, data.manifest["longest"]):
+    with opened, world.last_words(opened.tell_of), advised(config, data.manifest["longest"]):
         seed_everything(config.seed)
         model = trainable_model(config, planned.labels, device)
         model.gradient_checkpointing = config.gradient_checkpointing
     return Finetuning(config, model, tokenizer, data, opened, asked)
+
+
+def way(config: RunConfig) -> str | None:
+    """How several processes share the work, as the config says once it is decided; None for one."""
+    return config.distributed if world.size() > 1 else None
 
 
 def check_length(data: Dataset, base: Description, batch_tokens: int | None) -> None:
@@ -159,27 +177,47 @@ def check_length(data: Dataset, base: Description, batch_tokens: int | None) -> 
 
 def create(config: RunConfig, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> Run:
     """A new directory, with what is trained on in it."""
-    hashes, base = {data.manifest["file"]: data.manifest["sha256"]}, fingerprint(config.model)
-    run = Run.create(config.directory(), config, overwrite=config.overwrite, device=device, data=hashes, base=base)
-    with run, room(run):
-        run.write_data(data.manifest, preview(data.train, tokenizer))
-    return run
+    directory = world.from_main(config.directory())  # its name may have the time in it
+    with agreed():
+        if not world.is_main():
+            return Follower(directory)
+        hashes, base = {data.manifest["file"]: data.manifest["sha256"]}, fingerprint(config.model)
+        given: dict[str, Any] = {"device": device, "data": hashes, "base": base, "distributed": way(config)}
+        run = Run.create(directory, config, overwrite=config.overwrite, **given)
+        with run, room(run):
+            run.write_data(data.manifest, preview(data.train, tokenizer))
+        return run
 
 
 def trainable_model(config: RunConfig, labels: tuple[str, ...], device: torch.device) -> Model:
-    """The model with adapters, or with every weight to be trained; a new head and adapters draw random numbers."""
+    """The model with adapters, or with every weight to be trained; a new head and adapters draw random numbers.
+
+    With fsdp and other processes it is this one's share of it.
+    """
     quant, dtype = config.quant if config.quantize else None, pick_dtype(config.dtype, device)
+    how, prepare = loading(config.distributed, config.fsdp), partial(prepare_training, config)
     if config.task in HEADS:
-        model = load_labelled(config.model, config.task, labels, quant, dtype, device)
-    else:
-        model = load(config.model, quant, dtype, device)
-    try:
+        return load_labelled(config.model, config.task, labels, quant, dtype, device, prepare, how)
+    return how(config.model, quant, dtype, device, prepare=prepare)
+
+
+def prepare_training(config: RunConfig, model: Model) -> Callable[[], None]:
+    """Make trainable what is to be trained; what gives it its first values comes back."""
+    with impossible():
         if config.adapters:
-            attach_lora(model, config.lora)
+            start = prepare_lora(model, config.lora)
         else:
             train_every_weight(model)
+            start = unprepared(model)
+    return impossible()(start)
+
+
+@contextmanager
+def impossible() -> Iterator[None]:
+    """Around what trains as the settings ask for: if it cannot be, they are to blame."""
+    try:
+        yield
     except Refusal:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return model

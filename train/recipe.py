@@ -6,6 +6,7 @@ from time import strftime
 from typing import ClassVar, Literal
 
 from models import LoraConfig
+from models.parallel.shard import ShardConfig
 from nf4 import QuantConfig
 from train.data import DataConfig
 from train.loop import LoopConfig
@@ -54,6 +55,14 @@ class RunConfig(LoopConfig):
     """Longest such answer."""
     mmlu: MmluConfig = field(default_factory=MmluConfig)
     """The benchmark that the paper tracks."""
+    distributed: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: ddp gives each the whole model, fsdp a share of it; auto is ddp where the model fits."""
+    fsdp: ShardConfig = field(default_factory=ShardConfig)
+    """How a model is shared."""
+    nproc: int = field(default=1, metadata={"saved": False})
+    """Train on so many processes of this machine, a GPU each; torchrun starts them on several machines."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others before it gives up."""
     tensorboard: bool = False
     """Write the run's numbers for TensorBoard as well."""
     overwrite: bool = field(default=False, metadata={"saved": False})
@@ -66,7 +75,9 @@ class RunConfig(LoopConfig):
             raise ValueError("model must name a checkpoint")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2^63, not {self.seed}")
-        for name, least in (("samples", 0), ("sample_tokens", 1)):
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be above 0 seconds, not {self.timeout}")
+        for name, least in (("samples", 0), ("sample_tokens", 1), ("nproc", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if "" in self.sample_prompts:

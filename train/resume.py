@@ -3,12 +3,16 @@
 Everything comes from the run's directory: its settings, its newest whole checkpoint, and the hashes of what it was
 begun from, which must still be the same. Only the length of the run and the device may be given anew. A run that was
 killed before its first checkpoint begins again.
+
+It may go on on another number of processes, and in another way of sharing the work among them: the training stays the
+same, and figures may differ in their last digits.
 """
 
 import shutil
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -16,12 +20,16 @@ from models.device import pick_device
 from models.errors import ConfigError
 from models.files import TEMPORARY
 from models.fingerprint import fingerprint
+from models.parallel import world
+from models.parallel.agreement import agreed
+from models.parallel.launch import Processes
+from models.parallel.shard import ShardConfig
 from train.config import read_config
 from train.finetune import introduce, outcome
 from train.mmlu import MmluConfig
-from train.preparation import Finetuning, prepare
+from train.preparation import Finetuning, prepare, way
 from train.recipe import RunConfig
-from train.run import Run, environment
+from train.run import Run, environment, run_class
 from train.snapshot import Snapshot, newest_snapshot
 
 if TYPE_CHECKING:
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
 FREE = {
     *("model", "out", "name", "device", "data.path", "max_steps", "epochs", "log_every", "save_steps"),
     *("keep_checkpoints", "dry_step", "tensorboard", "samples", "sample_prompts", "sample_tokens"),
+    *("distributed", "timeout", *(f"fsdp.{field.name}" for field in fields(ShardConfig))),
     *(f"mmlu.{field.name}" for field in fields(MmluConfig)),
 }
 
@@ -48,14 +57,27 @@ class ResumeOptions:
     """Go through the data so often in all."""
     device: str | None = None
     """Where to train from now on: cpu, cuda, cuda:1; by default as before."""
+    nproc: int = 1
+    """Train on so many processes of this machine from now on, a GPU each."""
+    distributed: Literal["auto", "ddp", "fsdp"] | None = None
+    """With several processes: ddp gives each the whole model, fsdp a share of it; by default as before."""
     quiet: bool = False
     """Show no progress."""
     json: bool = False
     """Print one JSON object on stdout."""
 
+    @property
+    def processes(self) -> Processes:
+        path = Path(self.run) / "config.toml"
+        if not path.is_file():  # the command says so
+            return Processes(1, "cpu")
+        saved = read_config(RunConfig, path)
+        return Processes(self.nproc, self.device or saved.device, saved.timeout)
+
 
 def command(options: ResumeOptions, console: "Console") -> dict[str, Any]:
-    run = Run.reopen(options.run)
+    with agreed():
+        run = run_class().reopen(options.run)
     with run.untouched():
         config = settings(run, options)
         remove_leftovers(run)
@@ -82,6 +104,8 @@ def settings(run: Run, options: ResumeOptions) -> RunConfig:
     given: dict[str, Any] = {"quiet": options.quiet}
     if options.device is not None:
         given["device"] = options.device
+    if options.distributed is not None:
+        given["distributed"] = options.distributed
     if options.max_steps is not None or options.epochs is not None:
         given |= {"max_steps": options.max_steps, "epochs": options.epochs}
     try:
@@ -94,6 +118,8 @@ def settings(run: Run, options: ResumeOptions) -> RunConfig:
 
 def remove_leftovers(run: Run) -> None:
     """Remove what writers that were killed have left; those of checkpoints go with the next one."""
+    if not world.is_main():
+        return
     for folder in (run.directory, *(run.directory / name for name in ("data", "eval", "adapter"))):
         for pattern in (TEMPORARY, ".*.partial"):
             for path in folder.glob(pattern):
@@ -121,8 +147,9 @@ def check_unchanged(run: Run, config: RunConfig, begin: Snapshot) -> None:
     if begin.origin["base"]:
         changed = differences(begin.origin["base"], fingerprint(config.model))
         refuse(f"the base {config.model} is not the one that the run began with", changed, "put it back, or train anew")
-    then, now = leaves(run.read_env()), leaves(environment(pick_device(config.device), []))
-    for text in differences({key: value for key, value in then.items() if key in now}, now, {"argv"}):
+    then, now = leaves(run.read_env()), leaves(environment(pick_device(config.device), [], way(config)))
+    unknown = {"argv", "distributed"} if config.distributed == "auto" else {"argv"}
+    for text in differences({key: value for key, value in then.items() if key in now}, now, unknown):
         run.log(f"not as when the run began: {text}; figures may differ in their last digits")
 
 

@@ -7,7 +7,7 @@ metrics.jsonl holds only what the run determines, so two runs of one config on o
 what the clock decides goes to timing.jsonl. STATUS is one line: `running`, `done`, `failed: reason` or
 `interrupted@step`. What is appended step by step are the journals; a run that goes on from a checkpoint cuts them
 back to what they were then. config.toml is there from the first moment to the last, so that a run killed anywhere
-can be started again.
+can be started again. Of several processes one writes; the others have a `Follower` of its run.
 """
 
 import json
@@ -31,6 +31,7 @@ from models.commit import git_commit
 from models.errors import CheckpointError, ConfigError, WriteError
 from models.files import TEMPORARY, append_line, cut_back, sync_file, write_whole
 from models.lock import Held, lock, unlock
+from models.parallel import world
 from train.toml import to_toml
 
 LOCK = ".lock"
@@ -72,8 +73,11 @@ class Run:
         argv: Sequence[str] | None = None,
         data: Mapping[str, str] | None = None,
         base: Mapping[str, str] | None = None,
+        distributed: str | None = None,
     ) -> "Run":
         """Make the directory with config.toml, env.json and STATUS; `data` and `base` map files to their hashes.
+
+        `distributed` is the way in which several processes train, which env.json tells.
 
         A directory with something in it is refused. With `overwrite` the files of an earlier run are removed
         first, and only those: a directory that holds no run is refused still.
@@ -83,7 +87,9 @@ class Run:
         try:
             run.directory.mkdir(parents=True, exist_ok=True)
             run.hold()
-            run.begin(config, device=device, argv=argv, data=data, base=base)
+            run.begin(
+                config, environment(device, argv, distributed) | {"data": dict(data or {}), "base": dict(base or {})}
+            )
         except OSError as error:
             raise WriteError(
                 f"the run directory {run.directory} cannot be written: {error.strerror}; "
@@ -100,21 +106,12 @@ class Run:
         run.hold()
         return run
 
-    def begin(
-        self,
-        config: Any,
-        *,
-        device: torch.device | str = "cpu",
-        argv: Sequence[str] | None = None,
-        data: Mapping[str, str] | None = None,
-        base: Mapping[str, str] | None = None,
-    ) -> None:
+    def begin(self, config: Any, env: Mapping[str, Any]) -> None:
         """Write what a run has before its first step, in place of whatever a run has left in the directory."""
         clear(self.directory)
         self.settings(config)
         self.status("running")
-        env = environment(device, sys.argv if argv is None else argv)
-        self.write_json("env.json", env | {"data": dict(data or {}), "base": dict(base or {})})
+        self.write_json("env.json", env)
         for name in ("log.txt", "metrics.jsonl", "timing.jsonl"):
             (self.directory / name).touch()
 
@@ -264,6 +261,36 @@ class Run:
         self.log("".join(traceback.format_exception(error)).rstrip())
 
 
+class Follower(Run):
+    """The run as all processes but the main one have it: they know its directory and its step, and write nothing."""
+
+    def settings(self, config: Any) -> None:
+        """Leave config.toml to the main process, as everything below."""
+
+    def status(self, text: str) -> None: ...
+
+    def log(self, text: str) -> None: ...
+
+    def append(self, journal: str, **record: Any) -> None: ...
+
+    def write_json(self, name: str, content: Any) -> None: ...
+
+    def write_data(self, manifest: Mapping[str, Any], preview: str) -> None: ...
+
+    def sync_journals(self) -> dict[str, int]:
+        return {}
+
+    def cut_journals(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        return {}
+
+    def hold(self) -> None: ...
+
+
+def run_class() -> type[Run]:
+    """What this process has of a run that all of them make."""
+    return Run if world.is_main() else Follower
+
+
 def read_metrics(directory: Path | str, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """Read the lines of a run's metrics (or timing) file."""
     path = Path(directory) / name
@@ -321,11 +348,13 @@ def json_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def environment(device: torch.device | str, argv: Sequence[str]) -> dict[str, Any]:
+def environment(
+    device: torch.device | str, argv: Sequence[str] | None = None, distributed: str | None = None
+) -> dict[str, Any]:
     """Describe what the run ran on: enough to repeat it, nothing that names a person or a host."""
     device = torch.device(device)
     return {
-        "argv": list(argv),
+        "argv": list(sys.argv if argv is None else argv),
         "commit": git_commit(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -333,6 +362,8 @@ def environment(device: torch.device | str, argv: Sequence[str]) -> dict[str, An
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
+        "processes": world.size(),
+        "distributed": distributed,
     }
 
 

@@ -1,6 +1,7 @@
 """Texts that a model writes while it learns: the same few prompts answered at each evaluation, side by side in time.
 
 Answers are greedy and draw no random number, so a run with samples and one without make the same steps.
+Of several processes each answers some of the prompts.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,11 @@ from typing import Any
 
 import torch
 
+from eval.dealing import in_order
+from eval.mode import evaluating
 from models import ConfigError, Llama
+from models.parallel import world
+from models.parallel.turns import Turns
 from models.t5 import T5
 from models.tokenizer import Tokenizer
 from models.writing import answer
@@ -38,19 +43,22 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(self, step: int) -> list[str]:
-        training = self.model.training
-        self.model.eval()
+        with evaluating(self.model), Turns(self.model) as turns:
+            mine = [self.text(ids) for ids in self.prompts[world.rank() :: world.size()]]
+            texts = in_order(turns.gathered(mine))
         shown = []
-        for ids in self.prompts:
-            room = self.max_new_tokens
-            if self.model.max_tokens is not None:
-                room = min(room, self.model.max_tokens - len(ids))
-            text = "".join(answer(self.model, self.tokenizer, list(ids), room))
+        for ids, text in zip(self.prompts, texts, strict=True):
             prompt = self.tokenizer.decode(list(ids))
             self.run.append(JOURNAL, step=step, prompt=prompt, text=text)
             shown.append(f"step {step}  {shortened(prompt)} → {text.strip()!r}")
-        self.model.train(training)
         return shown
+
+    def text(self, ids: tuple[int, ...]) -> str:
+        """What the model writes after a prompt."""
+        room = self.max_new_tokens
+        if self.model.max_tokens is not None:
+            room = min(room, self.model.max_tokens - len(ids))
+        return "".join(answer(self.model, self.tokenizer, list(ids), room))
 
 
 def sampler(

@@ -1,4 +1,4 @@
-"""One seed for everything that draws numbers, and one for each step."""
+"""One seed for everything that draws numbers, and one for each micro-batch of each step."""
 
 import random
 from hashlib import sha256
@@ -14,11 +14,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed everything for one step, so that its dropout depends on the run's seed and the step's number alone.
+def seed_step(seed: int, step: int, micro_batch: int = 0) -> None:
+    """Seed everything for a micro-batch of a step, so that its dropout depends on these numbers alone.
 
-    No generator has a state to save then, and nothing that drew numbers before, an evaluation or a trial of the
-    longest batch, changes a step. The two numbers are hashed: neighbouring seeds of a run must not give one run the
-    dropout that another has a step later.
+    No generator has a state to save then, and nothing that drew numbers before changes a step: not an evaluation, not a
+    trial of the longest batch, and not the micro-batches that another process has taken. The numbers are hashed:
+    neighbouring seeds of a run must not give one run the dropout that another has a step later.
     """
-    seed_everything(int.from_bytes(sha256(f"{seed}/{step}".encode()).digest()[:8], "little") >> 1)
+    text = f"{seed}/{step}/{micro_batch}" if micro_batch else f"{seed}/{step}"  # what an undivided step has
+    seed_everything(int.from_bytes(sha256(text.encode()).digest()[:8], "little") >> 1)

@@ -5,24 +5,30 @@
 
 state.json holds the loop's state, the settings of the optimizer's groups, the sizes of the run's journals, and where
 all of it came from: the run's settings, and the hashes of its data and its base.
+
+All of it is as one process would have it, on however many it was made: weights and states that processes share are put
+together for the file, which the main process writes, and each takes its part of them again. So a run can go on on
+another number of processes.
 """
 
 import errno
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
 
 from models.errors import CheckpointError, ConfigError, NonFiniteError, WriteError
-from train.checkpoint import newest_checkpoint, write_checkpoint
-from train.optimizer_file import restore_states, save_states
+from models.parallel import shares, world
+from models.parallel.agreement import agreed
+from train.checkpoint import newest_checkpoint, step_directory, write_checkpoint
+from train.optimizer_file import collect_states, restore_states, save_states
 from train.paged.fused import FusedOptimizer
+from train.passes import Passes
 from train.run import Run
 from train.state import LoopState
 
@@ -45,23 +51,16 @@ class Snapshot:
     groups: list[Any]
     """The settings of the optimizer's groups."""
 
-    def restore(
-        self,
-        model: Any,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: FusedOptimizer,
-        restore: Callable[[Any, Path], None],
-    ) -> LoopState:
+    def restore(self, passes: Passes, optimizer: FusedOptimizer, restore: Callable[[Any, Path], None]) -> LoopState:
         """Put weights and states back, and give the loop's state."""
-        restore(model, self.directory)
-        restore_states(optimizer, parameters, self.directory, self.groups)
+        restore(passes.model, self.directory)
+        restore_states(optimizer, passes, self.directory, self.groups)
         return LoopState(**asdict(self.state))
 
 
 def save_snapshot(
     run: Run,
-    model: Any,
-    parameters: Mapping[str, nn.Parameter],
+    passes: Passes,
     optimizer: FusedOptimizer,
     state: LoopState,
     *,
@@ -71,32 +70,42 @@ def save_snapshot(
 ) -> Path:
     """Write the checkpoint of the state's step, and verify it before it gets its name.
 
-    The run's journals are synced first, so that none can turn out shorter than the checkpoint says.
+    The run's journals are synced first, so that none can turn out shorter than the checkpoint says. Of several
+    processes all have to call it, and the main one writes.
     """
-    check_worth_saving(state.step, parameters)
+    check_worth_saving(state.step, passes)
+    states = collect_states(optimizer, passes)
 
     def fill(directory: Path) -> None:
-        save(model, directory)
-        groups = save_states(optimizer, parameters, directory)
+        save(passes.model, directory)
+        save_states(states, directory)
         content = {
             "format": FORMAT,
             "state": asdict(state),
             "total": total,
             "journals": run.sync_journals(),
             "origin": run.origin(),
-            "groups": groups,
+            "groups": states.groups,
         }
         (directory / "state.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
-    try:
-        return write_checkpoint(run.checkpoints, state.step, fill, keep)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(run, f"the checkpoint of step {state.step} could not be written: {error}") from error
+    with shares.whole(passes.model), agreed():
+        if not world.is_main():
+            return step_directory(run.checkpoints, state.step)
+        try:
+            return write_checkpoint(run.checkpoints, state.step, fill, keep)
+        except (OSError, SafetensorError) as error:
+            raise unwritable(run, f"the checkpoint of step {state.step} could not be written: {error}") from error
 
 
 def newest_snapshot(run: Run, tell: Callable[[str], None]) -> Snapshot | None:
-    """Give the newest checkpoint of a run that is whole, telling what is wrong with newer ones; None if it has none."""
-    directory = newest_checkpoint(run.checkpoints, tell)
+    """Give the newest checkpoint of a run that is whole, telling what is wrong with newer ones; None if it has none.
+
+    The main process looks for all, since it means to read every byte.
+    """
+    with agreed():
+        directory = newest_checkpoint(run.checkpoints, tell) if world.is_main() else None
+    directory = world.from_main(directory)
     return None if directory is None else read_snapshot(directory)
 
 
@@ -115,16 +124,17 @@ def read_snapshot(directory: Path) -> Snapshot:
         raise CheckpointError(f"{path}: is not the state of a run ({error})") from error
 
 
-def check_worth_saving(step: int, parameters: Mapping[str, nn.Parameter]) -> None:
+def check_worth_saving(step: int, passes: Passes) -> None:
     """Refuse to save what no one could use: numbers that are none, or adapters that have learned nothing."""
-    broken = [name for name, parameter in parameters.items() if not bool(parameter.isfinite().all())]
+    flags = world.most(*(not bool(parameter.isfinite().all()) for parameter in passes.moved.values()))
+    broken = [name for name, it in zip(passes.moved, flags, strict=True) if it]
     if broken:
         raise NonFiniteError(
-            f"step {step}: {broken[0]} holds NaN or infinity ({len(broken)} of {len(parameters)} parameters do), so no "
-            "checkpoint is made; go on from the one before at a lower optimizer.learning_rate"
+            f"step {step}: {broken[0]} holds NaN or infinity ({len(broken)} of {len(passes.moved)} parameters do), so "
+            "no checkpoint is made; go on from the one before at a lower optimizer.learning_rate"
         )
-    branches = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
-    if step >= 1 and branches and not any(bool(parameter.any()) for parameter in branches):
+    branches = [parameter for name, parameter in passes.moved.items() if ".lora_B." in name]
+    if step >= 1 and branches and not any(world.most(*(bool(parameter.any()) for parameter in branches))):
         raise ConfigError(
             f"after {step} steps every lora_B is still zero: the adapter has learned nothing, and no checkpoint is "
             "made; look at the learning rate in metrics.jsonl"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from models.parallel import world
 from train.data.batches import Batch
 
 WINDOW = 100  # steps whose labels and losses are the level
@@ -32,18 +33,22 @@ class Spikes:
                 self.losses.append(line["loss"])
 
     def step(self, number: int, loss: float, labels: int, tokens: int, batches: Sequence[Batch]) -> list[str]:
-        """What is remarkable about a step, which then belongs to the level."""
+        """What is remarkable about a step, which then belongs to the level.
+
+        Several processes each give their own `batches`; all else is the same on each, and so is what is said.
+        """
         said = []
         if len(self.labels) >= ENOUGH:
             usual, level = median(self.labels), median(self.losses)
             jump = max(DEVIATIONS * median(abs(x - level) for x in self.losses), LEAST * level)
-            what = f"{tokens} tokens and {labels} labels, longest example {longest(batches)}"
-            if labels * FEW <= usual:
+            few, high = labels * FEW <= usual, loss > level + jump
+            what = f"{tokens} tokens and {labels} labels, longest example {longest(batches)}" if few or high else ""
+            if few:
                 said.append(
                     f"step {number}: {labels} label tokens where {usual:g} are usual, so each weighs "
                     f"{usual / labels:.1f} times as much: {what}"
                 )
-            if loss > level + jump:
+            if high:
                 said.append(f"step {number}: the loss jumped to {loss:.4f} from a level of {level:.4f}: {what}")
         self.labels.append(labels)
         self.losses.append(loss)
@@ -51,13 +56,14 @@ class Spikes:
 
 
 def longest(batches: Sequence[Batch]) -> str:
-    """File and line of the longest example, and how many tokens it has."""
+    """File and line of the longest example of all processes, and how many tokens it has."""
     found = ("unknown", 0)
     for batch in batches:
         lengths = example_lengths(batch)
         names = batch.where if len(batch.where) == len(lengths) else ("unknown",) * len(lengths)
         found = max([found, *zip(names, lengths, strict=True)], key=lambda pair: pair[1])
-    return f"{found[0]} ({found[1]} tokens)"
+    name, length = max(world.from_all(found), key=lambda pair: pair[1])
+    return f"{name} ({length} tokens)"
 
 
 def example_lengths(batch: Batch) -> list[int]:

@@ -81,16 +81,17 @@ def write_answers(
     requests: Mapping[str, Generate],
     settings: Settings,
     batch_size: BatchSize,
-    journal: Journal,
+    journal: Journal | None,
     show: Show,
 ) -> None:
-    """Ask, and append every answer as it comes."""
+    """Ask, and append every answer as it comes; of several processes the main one alone has a journal."""
     asked: dict[Request, Question] = {requests[question.id]: question for question in questions}  # their seeds differ
     known = len(requests) - len(asked)
     show(known, len(requests))
     for fresh in answered(examinee, list(asked), batch_size):
         for request, text in fresh.items():
             question = asked[request]
-            journal.append(settings.row(question, requests[question.id], text))
+            if journal is not None:
+                journal.append(settings.row(question, requests[question.id], text))
         known += len(fresh)
         show(known, len(requests))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from eval.answering import BatchSize
 from eval.evaluate import Evaluation, answered, questionnaire
 from eval.mmlu.family import build
+from eval.mode import evaluating
 from eval.task import Spec
 from models import Model
 
@@ -52,12 +53,8 @@ class Examination:
 
     def take(self, model: Model, batch_size: BatchSize = "auto") -> Standing:
         """Ask everything of the model in evaluation mode; its mode is restored, and no random number is drawn."""
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             found = answered(self.questions, replace(self.spec.examinee, loaded=model), batch_size)
-        finally:
-            model.train(training)
         return standing(found, self.spec.name)
 
 

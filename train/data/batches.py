@@ -5,10 +5,11 @@ and no random generator is asked.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from torch import Tensor, device
 
@@ -28,6 +29,8 @@ class Batch:
     """What model.loss takes: input_ids, attention_mask, labels."""
     where: tuple[str, ...] = ()
     """File and line of each example in it."""
+    number: int = 0
+    """Its place among the micro-batches of its step."""
 
     @property
     def tokens(self) -> int:
@@ -37,7 +40,17 @@ class Batch:
 
     def to(self, device: device | str) -> "Batch":
         """The same on another device."""
-        return Batch({name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}, self.where)
+        return replace(self, inputs={name: x.to(device, non_blocking=True) for name, x in self.inputs.items()})
+
+    def without_rows(self) -> "Batch":
+        """None of its rows: what a process has that gets no part of a micro-batch."""
+        return replace(self, inputs={name: x[:0] for name, x in self.inputs.items()}, where=())
+
+    def stand_in(self) -> "Batch":
+        """A row with something to learn of the same kind, for a pass that others make and that here counts nothing."""
+        ids, labels = self.inputs["input_ids"].new_zeros(1, 2), self.inputs["labels"]
+        labels = labels.new_zeros(1, 2) if labels.ndim == 2 else labels.new_zeros(1)
+        return replace(self, inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
 
 
 @runtime_checkable
@@ -104,19 +117,28 @@ class Batches:
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, counted from 0; from the batch `start` on without making those before."""
-        order = self.order(number)
-        for place in range(start, len(order)):
-            yield self.batch(order[place])
+        for place in range(start, len(self.order(number))):
+            yield self.micro_batch(number, place)
 
-    def longest(self, number: int = 0) -> Batch:
+    def micro_batch(self, number: int, place: int, part: int = 0, parts: int = 1) -> Batch:
+        """The batch at a place in an epoch, or a part of its rows; no others are tokenized."""
+        rows = self.order(number)[place]
+        own = rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
+        return self.batch(own) if own else self.batch(rows[:1]).without_rows()
+
+    def longest(self, number: int = 0, parts: int = 1) -> Batch:
         """That batch of an epoch which needs most memory: it has most tokens, padding included.
 
         It is one of the epoch's own. Another epoch's can be larger, by little, where the longest example here is
-        in the last and smaller batch, or where the number of rows varies.
+        in the last and smaller batch, or where the number of rows varies. Where batches are cut into parts it is as
+        many of its rows as a part has, the longest ones.
         """
         order = self.order(number)
         widths, tokens = batch_sizes(self.sizes, order).T
-        return self.batch(order[int(np.lexsort((widths, tokens))[-1])])
+        rows = order[int(np.lexsort((widths, tokens))[-1])]
+        if parts > 1:
+            rows = sorted(rows, key=lambda row: -self.sizes[row].sum())[: -(-len(rows) // parts)]
+        return self.batch(rows)
 
     def batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         """Some rows of examples, by number."""

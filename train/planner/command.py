@@ -1,20 +1,24 @@
 """`qlora estimate`: where every byte of a training step would be, if that fits a GPU, and what would make it."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from models import LoraConfig
 from models.device import pick_device, pick_dtype
+from models.parallel.shard import ShardConfig
 from models.precision import TABLES
 from nf4 import QuantConfig
 from train.optimizer import OptimizerConfig
-from train.planner.gpus import GIB, MIB, Gpu, gpu
+from train.planner.advice import more_devices
+from train.planner.gpus import GIB, Gpu, gpu
 from train.planner.jobs import job_of
-from train.planner.paper import DIFFERENCES, FIGURE_6, base_parameters, compared, paper_plans
-from train.planner.plan import LABELS, STATES, Plan, plan
-from train.planner.switches import Switch, fitting, switches
+from train.planner.paper import base_parameters, show_paper
+from train.planner.plan import LABELS, Plan, plan
+from train.planner.switches import devices_needed, fitting, switches
+from train.planner.tables import sending, table, table_of_switches
+from train.planner.traffic import Traffic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,13 +58,19 @@ class EstimateOptions:
     """The adapters."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How they are moved; here only the kind of states counts."""
+    nproc: int = 1
+    """Processes with a device each; what is planned is one of them."""
+    distributed: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: ddp gives each the whole model, fsdp a share of it; auto is ddp where `gpu` holds it."""
+    fsdp: ShardConfig = field(default_factory=ShardConfig)
+    """How a model is shared."""
     paper: bool = False
     """Put Figure 6 of the QLoRA paper beside our count of the four LLaMA models."""
     json: bool = False
     """Print one JSON object on stdout."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "max_len", "target_len"):
+        for name in ("batch_size", "accumulation", "max_len", "target_len", "nproc"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.adapters and self.quantize:
@@ -76,72 +86,43 @@ def command(options: EstimateOptions, console: "Console") -> Result:
         return show_paper(console)
     auto = options.dtype == "auto" and options.device == "cuda"
     dtype = torch.bfloat16 if auto else pick_dtype(options.dtype, pick_device("cpu"))
-    job = job_of(options, dtype, options.max_len, options.target_len)
+    job = job_of(options, dtype, options.max_len, options.target_len, options.nproc)
     card = gpu(options.gpu) if options.gpu else None
     planned = plan(job, options.device)
-    console.print(table(planned, card, title(options)))
+    if options.distributed == "auto" and options.nproc > 1 and not (card and planned.fits(card)):
+        planned = plan(replace(job, distributed="fsdp"), options.device)
+    console.print(table(planned, card, title(options.model, planned)))
+    if options.nproc > 1:
+        console.print(sending(planned), markup=False)
     result: Result = {"model": options.model, **as_json(planned)}
     if card is not None:
         result |= judged(planned, card, console)
     return result
 
 
-def title(options: EstimateOptions) -> str:
-    shape = f"{options.batch_size} x {options.max_len} tokens"
-    return f"{options.model}: {shape}, on a {'GPU' if options.device == 'cuda' else 'CPU'}"
-
-
-def table(planned: Plan, card: Gpu | None, name: str) -> Any:
-    """Every part of the plan, a line each."""
-    from rich.table import Table
-
-    made = Table("", "numbers", "stored as", "MiB", title=name, title_justify="left")
-    for column in made.columns[1:]:
-        column.justify = "right"
-    for part in planned.base:
-        kinds = {kind: nbytes for kind, nbytes in part.nbytes.items() if kind != TABLES}
-        for i, (kind, nbytes) in enumerate(kinds.items()):
-            made.add_row(part.name if i == 0 else "", f"{part.parameters:,}" if i == 0 else "", kind, mib(nbytes))
-    made.add_section()
-    shown = {label: planned.parts[label] for label in LABELS if planned.parts[label]}
-    stored = sum(sum(part.nbytes.values()) for part in planned.base)
-    made.add_row("model and adapters", f"{planned.base.parameters:,}", "", mib(stored))
-    for label, text in LABELS.items():
-        if label in shown and label not in base_labels():
-            paged = " (pageable)" if label == STATES and planned.managed else ""
-            made.add_row(text + paged, "", "", mib(shown[label]))
-    made.add_section()
-    made.add_row(f"all tensors {planned.moment}", "", "", mib(planned.total))
-    if planned.managed:
-        made.add_row("what cannot be paged out", "", "", mib(planned.needed))
-    if card is not None:
-        own = card.takes(planned.needed) - planned.needed
-        made.add_row("CUDA context and fragments", "", "", mib(own))
-    return made
-
-
-def base_labels() -> tuple[str, ...]:
-    """What `base` in a plan counts already."""
-    return tuple(LABELS)[: tuple(LABELS).index("gradients")]
-
-
-def mib(nbytes: int) -> str:
-    return f"{nbytes / MIB:,.1f}"
+def title(model: str, planned: Plan) -> str:
+    """The job in a line."""
+    job, device = planned.job, "GPU" if planned.kind == "cuda" else "CPU"
+    shape = f"{model}: {job.batch_size} x {job.max_len} tokens"
+    if job.processes == 1:
+        return f"{shape}, on a {device}"
+    model_on_each = "has a share of the model" if job.shared else "has the whole model"
+    return f"{shape}, on each of {job.processes} {device}s, which {model_on_each} ({job.distributed})"
 
 
 def judged(planned: Plan, card: Gpu, console: "Console") -> Result:
     """Whether a plan fits, and if not, what would make it."""
     size = f"{card.nbytes / GIB:.0f} GiB of {card.name}" if not card.name.endswith("GB") else card.name
-    takes = card.takes(planned.needed)
+    takes = planned.takes(card)
     result: Result = {
         "gpu": card.name,
         "gpu_bytes": card.nbytes,
         "takes_bytes": takes,
-        "fits": card.fits(planned.needed),
+        "fits": planned.fits(card),
     }
     if result["fits"]:
         states = planned.total - planned.needed
-        whole = card.fits(planned.total)
+        whole = card.fits(planned.total, planned.job.processes)
         note = "" if not states else ", states and all" if whole else f"; {out(planned, card)} of states are paged out"
         console.print(f"[green]fits[/green]: {takes / GIB:.1f} GiB of {size}{note}")
         return result
@@ -151,29 +132,23 @@ def judged(planned: Plan, card: Gpu, console: "Console") -> Result:
     console.print(table_of_switches(alone, card))
     flags = " ".join(step.flags for step in steps)
     if after is not None:
-        console.print(f"fits with {flags}: {card.takes(after.needed) / GIB:.1f} GiB", markup=False)
+        console.print(f"fits with {flags}: {after.takes(card) / GIB:.1f} GiB", markup=False)
     else:
         console.print(f"nothing here makes it fit; with {flags or 'no change'} it comes nearest", markup=False)
+    spread = devices_needed(planned.job, card)
+    if spread is not None:
+        each = f"{spread.takes(card) / GIB:.1f} GiB on each"
+        console.print(f"as it is it fits on {more_devices(spread.job.processes)}: {each}", markup=False)
     result["switches"] = [
-        {"flags": s.flags, "cost": s.cost, "takes_bytes": card.takes(s.plan.needed), "fits": card.fits(s.plan.needed)}
-        for s in alone
+        {"flags": s.flags, "cost": s.cost, "takes_bytes": s.plan.takes(card), "fits": s.plan.fits(card)} for s in alone
     ]
-    result["fitting"] = None if after is None else {"flags": flags, "takes_bytes": card.takes(after.needed)}
+    result["fitting"] = None if after is None else {"flags": flags, "takes_bytes": after.takes(card)}
+    result["devices"] = None if spread is None else {"nproc": spread.job.processes, "takes_bytes": spread.takes(card)}
     return result
 
 
 def out(planned: Plan, card: Gpu) -> str:
-    return f"{(card.takes(planned.total) - card.nbytes) / GIB:.1f} GiB"
-
-
-def table_of_switches(alone: list[Switch], card: Gpu) -> Any:
-    from rich.table import Table
-
-    made = Table("each for itself", "costs", "GiB", "", title="What would save memory", title_justify="left")
-    for switch in alone:
-        takes = card.takes(switch.plan.needed)
-        made.add_row(switch.flags, switch.cost, f"{takes / GIB:.1f}", "fits" if takes <= card.nbytes else "")
-    return made
+    return f"{(card.takes(planned.total, planned.job.processes) - card.nbytes) / GIB:.1f} GiB"
 
 
 def as_json(planned: Plan) -> Result:
@@ -190,46 +165,15 @@ def as_json(planned: Plan) -> Result:
         "moment": planned.moment,
         "peak_bytes": planned.total,
         "pageable_bytes": planned.total - planned.needed,
+        "nproc": planned.job.processes,
+        "distributed": planned.job.distributed if planned.job.processes > 1 else None,
+        "host_parts": dict(planned.host),
+        "traffic": traffic_as_json(planned.traffic),
         "layers": planned.job.raw.get("num_hidden_layers", planned.job.raw.get("num_layers")),
     }
 
 
-def show_paper(console: "Console") -> Result:
-    """The four LLaMA models as the paper trains them, beside its figures."""
-    from rich.table import Table
-
-    plans, plain = paper_plans(), paper_plans(double_quant=False)
-    rows = compared(plans)
-    made = Table(title="QLoRA's Figure 6, and ours: MiB, totals in GiB", title_justify="left")
-    for column in ("", *FIGURE_6):
-        made.add_column(column, justify="right" if column else "left")
-
-    def add(text: str, key: str, form: str) -> None:
-        made.add_row(text, *(form.format(row[key]) for row in rows))
-
-    for text, key, form in (
-        ("total, paper", "paper_total", "{:.1f}"),
-        ("total, ours", "total", "{:.1f}"),
-        ("model, paper", "paper_model", "{:,.0f}"),
-        ("model, ours", "weights", "{:,.0f}"),
-        ("adapters, paper", "paper_adapters", "{:,.1f}"),
-        ("adapters, ours (float32)", "adapters", "{:,.1f}"),
-        ("the same in 16 bits", "adapters_16_bit", "{:,.1f}"),
-        ("optimizer, paper", "paper_optimizer", "{:,.0f}"),
-        ("optimizer, ours", "optimizer", "{:,.0f}"),
-        ("full 16-bit fine-tuning, GB", "full_16_bit_GB", "{:,.0f}"),
-    ):
-        add(text, key, form)
-    without = [f"{plain[name].total / GIB:.1f}" for name in FIGURE_6]
-    made.add_row("total without double quantization", *without)
-    must = [f"{plans[name].needed / GIB:.1f}" for name in FIGURE_6]
-    made.add_row("what cannot be paged out", *must)
-    console.print(made)
-    console.print(DIFFERENCES, markup=False)
-    card = gpu("48GB")
-    fits = {name: card.fits(planned.total) for name, planned in plans.items()}
-    without_dq = card.fits(plain["llama-65b"].total)
-    verdict = "fits" if fits["llama-65b"] else "does not fit"
-    paged = "" if without_dq else " only with some states paged out" if card.fits(plain["llama-65b"].needed) else " not"
-    console.print(f"llama-65b {verdict} one GPU of 48 GB, states and all; without double quantization it does{paged}")
-    return {"rows": rows, "fits_48GB": fits, "fits_48GB_without_double_quantization": without_dq}
+def traffic_as_json(traffic: Traffic) -> Result:
+    """What is sent in a step, in bytes."""
+    sent = {"sent_in_round": traffic.sent_in_round, "sent": traffic.sent, "total": traffic.total}
+    return asdict(traffic) | {"gathered": traffic.gathered} | sent

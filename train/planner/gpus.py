@@ -1,7 +1,8 @@
 """How much memory a GPU has, by its name or by a number.
 
 Sizes are what vendors print, which are GiB. A process cannot have all of it: the CUDA context takes some hundred MiB,
-and torch's allocator keeps its blocks in pieces that are not always of use.
+NCCL has buffers of its own where there are several processes, and torch's allocator keeps its blocks in pieces that are
+not always of use.
 """
 
 import difflib
@@ -13,6 +14,7 @@ from models.errors import ConfigError
 GIB = 2**30
 MIB = 2**20
 CONTEXT = 600 * MIB  # CUDA context with the modules of torch and of some tens of kernels
+NCCL = 400 * MIB  # buffers and kernels of a communicator, some hundred MiB: by rule, as the other two
 FRAGMENTS = 0.02  # share of the tensors' bytes that the allocator holds beyond them
 
 # A workspace of cuBLAS for each of the two threads that multiply, forward and backward: torch's default by chip.
@@ -38,12 +40,13 @@ class Gpu:
         """What cuBLAS takes for itself, out of torch's memory."""
         return 2 * (WORKSPACE_HOPPER if self.name.startswith(("h100", "h200", "b200")) else WORKSPACE)
 
-    def takes(self, tensors: int) -> int:
-        """What a process with so many bytes of tensors takes."""
-        return int((tensors + self.workspaces) * (1 + FRAGMENTS)) + CONTEXT
+    def takes(self, tensors: int, processes: int = 1) -> int:
+        """What a process with so many bytes of tensors takes, one of so many."""
+        own = CONTEXT + (NCCL if processes > 1 else 0)
+        return int((tensors + self.workspaces) * (1 + FRAGMENTS)) + own
 
-    def fits(self, tensors: int) -> bool:
-        return self.takes(tensors) <= self.nbytes
+    def fits(self, tensors: int, processes: int = 1) -> bool:
+        return self.takes(tensors, processes) <= self.nbytes
 
 
 def gpu(text: str) -> Gpu:

@@ -33,8 +33,11 @@ class Described(NamedTuple):
     """How the checkpoint has its linear layers in few bits already."""
 
 
-def job_of(config: Any, dtype: torch.dtype, max_len: int, target_len: int = 128) -> Job:
-    """The job of a run's settings (those of `qlora train` or `qlora estimate`) with texts of so many tokens."""
+def job_of(config: Any, dtype: torch.dtype, max_len: int, target_len: int = 128, processes: int = 1) -> Job:
+    """The job of a run's settings (those of `qlora train` or `qlora estimate`) with texts of so many tokens.
+
+    Where it is to be decided whether the model is shared, the job is one with whole models.
+    """
     model = described(config.model)
     quant = (model.stored or config.quant) if config.quantize else model.stored
     adapters = getattr(config, "adapters", True)
@@ -51,6 +54,9 @@ def job_of(config: Any, dtype: torch.dtype, max_len: int, target_len: int = 128)
         accumulation=config.accumulation,
         max_len=max_len,
         target_len=target_len,
+        processes=processes,
+        distributed="fsdp" if config.distributed == "fsdp" else "ddp",
+        fsdp=config.fsdp,
     )
     return with_classifier(job) if model.raw.get("model_type") == "roberta" else job
 

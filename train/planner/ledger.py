@@ -58,7 +58,7 @@ class Ledger:
         key = storage._cdata
         if key in self.live:
             return
-        nbytes = -(-storage.nbytes() // self.granularity) * self.granularity
+        nbytes = self.rounded(storage.nbytes())
         self.live[key] = Entry(nbytes, self.segment, self.label)
         self.watched[key] = weakref.ref(storage, lambda _: self.free(key))
         self.total += nbytes
@@ -66,11 +66,28 @@ class Ledger:
 
     def free(self, key: int) -> None:
         """Take an entry out, after a look at whether this was the fullest moment."""
+        self.look()
+        self.total -= self.live.pop(key).nbytes
+        del self.watched[key]
+
+    def resize(self, tensor: torch.Tensor, nbytes: int, label: str | None) -> None:
+        """Let a tensor's storage have another size from now on, as `UntypedStorage.resize_` gives it, and a label."""
+        self.look()
+        key = tensor.untyped_storage()._cdata
+        entry = Entry(self.rounded(nbytes), self.segment, label)
+        self.total += entry.nbytes - self.live[key].nbytes
+        self.live[key] = entry  # a moment that is kept has the one before
+        self.reach()
+
+    def look(self) -> None:
+        """Keep what is alive, if this is the fullest moment so far and it may end now."""
         peak = self.peaks.get(self.segment)
         if peak is not None and peak.alive is None and peak.total == self.total:
             peak.alive = list(self.live.values())
-        self.total -= self.live.pop(key).nbytes
-        del self.watched[key]
+
+    def rounded(self, nbytes: int) -> int:
+        """What the allocator takes for so many bytes."""
+        return -(-nbytes // self.granularity) * self.granularity
 
     def reach(self, extra: int = 0, label: str = WORK) -> None:
         """See whether the moment, with `extra` bytes for an operator, is the fullest of its segment."""

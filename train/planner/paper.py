@@ -4,11 +4,15 @@ LLaMA in NF4 with adapters of rank 64, one text of 512 tokens, gradient checkpoi
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from models.precision import ADAPTERS, QUANTIZED
-from train.planner.gpus import GIB, MIB
+from train.planner.gpus import GIB, MIB, gpu
 from train.planner.jobs import paper_job
 from train.planner.plan import KEPT, STATES, Plan, plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 BYTES_OF_FULL_16_BIT = 12  # for a parameter: weight and gradient in bfloat16, two moments of Adam in float32
 
@@ -76,3 +80,44 @@ def base_parameters(plan: Plan) -> int:
 def linear_parameters(plan: Plan) -> int:
     """Those of them in quantized layers."""
     return plan.base[QUANTIZED].parameters
+
+
+def show_paper(console: "Console") -> dict[str, Any]:
+    """The four LLaMA models as the paper trains them, beside its figures."""
+    from rich.table import Table
+
+    plans, plain = paper_plans(), paper_plans(double_quant=False)
+    rows = compared(plans)
+    made = Table(title="QLoRA's Figure 6, and ours: MiB, totals in GiB", title_justify="left")
+    for column in ("", *FIGURE_6):
+        made.add_column(column, justify="right" if column else "left")
+
+    def add(text: str, key: str, form: str) -> None:
+        made.add_row(text, *(form.format(row[key]) for row in rows))
+
+    for text, key, form in (
+        ("total, paper", "paper_total", "{:.1f}"),
+        ("total, ours", "total", "{:.1f}"),
+        ("model, paper", "paper_model", "{:,.0f}"),
+        ("model, ours", "weights", "{:,.0f}"),
+        ("adapters, paper", "paper_adapters", "{:,.1f}"),
+        ("adapters, ours (float32)", "adapters", "{:,.1f}"),
+        ("the same in 16 bits", "adapters_16_bit", "{:,.1f}"),
+        ("optimizer, paper", "paper_optimizer", "{:,.0f}"),
+        ("optimizer, ours", "optimizer", "{:,.0f}"),
+        ("full 16-bit fine-tuning, GB", "full_16_bit_GB", "{:,.0f}"),
+    ):
+        add(text, key, form)
+    without = [f"{plain[name].total / GIB:.1f}" for name in FIGURE_6]
+    made.add_row("total without double quantization", *without)
+    must = [f"{plans[name].needed / GIB:.1f}" for name in FIGURE_6]
+    made.add_row("what cannot be paged out", *must)
+    console.print(made)
+    console.print(DIFFERENCES, markup=False)
+    card = gpu("48GB")
+    fits = {name: card.fits(planned.total) for name, planned in plans.items()}
+    without_dq = card.fits(plain["llama-65b"].total)
+    verdict = "fits" if fits["llama-65b"] else "does not fit"
+    paged = "" if without_dq else " only with some states paged out" if card.fits(plain["llama-65b"].needed) else " not"
+    console.print(f"llama-65b {verdict} one GPU of 48 GB, states and all; without double quantization it does{paged}")
+    return {"rows": rows, "fits_48GB": fits, "fits_48GB_without_double_quantization": without_dq}

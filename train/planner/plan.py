@@ -10,7 +10,7 @@ one of these.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,17 +21,20 @@ from kernels.planned import in_backward
 from models.linear import NF4Linear
 from models.model import Stack
 from models.precision import ADAPTERS, Parts, part_of, parts_in_memory
-from train.optimizer import PAGED
+from train.optimizer import PAGED, make_optimizer
+from train.planner.gpus import Gpu
 from train.planner.layers import layers_of, with_layers
 from train.planner.ledger import KEPT, WORK, Ledger, Segment
+from train.planner.sharing import GATHERED, GRADIENTS, SENT, SharedPasses, Sharing
 from train.planner.simulation import DECODED, LOGITS, simulated
 from train.planner.step import Job, Stepper, prepared, steps_taken
+from train.planner.traffic import Traffic
 
 FEW = 3  # blocks of the smaller of two models
 CODES, SCALES = "codes", "scales"
 TRAINED = "trained whole"
-GRADIENTS = "gradients"
 STATES = "optimizer states"
+BUCKETS = "buckets"
 LABELS = {  # in this order, with what a person reads
     CODES: "base: codes",
     SCALES: "base: scales of the codes",
@@ -44,6 +47,9 @@ LABELS = {  # in this order, with what a person reads
     TRAINED: "trained whole beside the adapters",
     GRADIENTS: "gradients",
     STATES: "optimizer states",
+    BUCKETS: "copies of gradients to be summed",
+    GATHERED: "weights put together from shares",
+    SENT: "buffers of what is sent",
     KEPT: "activations kept for backward",
     WORK: "work of the moment",
     LOGITS: "logits, a chunk at a time",
@@ -53,7 +59,7 @@ LABELS = {  # in this order, with what a person reads
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the bytes of a step are when there are most."""
+    """Where the bytes of a step are when there are most; with several processes, of the one that has the most."""
 
     job: Job
     kind: str
@@ -68,6 +74,10 @@ class Plan:
     """How many numbers are trained."""
     managed: bool
     """Whether the optimizer's states are in managed memory, which the driver evicts where room is needed."""
+    host: Mapping[str, int]
+    """Bytes that a process has in the CPU's memory instead, by what they are for."""
+    traffic: Traffic
+    """What processes send each other in a step."""
 
     @property
     def total(self) -> int:
@@ -78,6 +88,13 @@ class Plan:
     def needed(self) -> int:
         """What must be on the device: all but what can be paged out."""
         return self.total - (self.parts[STATES] if self.managed else 0)
+
+    def takes(self, gpu: Gpu) -> int:
+        """What a process takes of its GPU at least."""
+        return gpu.takes(self.needed, self.job.processes)
+
+    def fits(self, gpu: Gpu) -> bool:
+        return self.takes(gpu) <= gpu.nbytes
 
 
 def plan(job: Job, kind: str = "cuda", extend: bool = True) -> Plan:
@@ -91,8 +108,9 @@ def plan(job: Job, kind: str = "cuda", extend: bool = True) -> Plan:
         small, large = (run_through(replace(job, raw=with_layers(job.raw, n)), kind) for n in (FEW, FEW + 1))
         run = extended(small, large, count - FEW)
     segment = max(run.segments, key=lambda segment: run.segments[segment].total())
-    managed = kind == "cuda" and job.optimizer.name in PAGED
-    return Plan(job, kind, run.segments[segment], described(segment), run.base, run.trained, managed)
+    managed = kind == "cuda" and job.optimizer.name in PAGED and STATES not in run.host
+    parts, moment = run.segments[segment], described(segment)
+    return Plan(job, kind, parts, moment, run.base, run.trained, managed, run.host, run.traffic)
 
 
 @dataclass(frozen=True)
@@ -102,6 +120,8 @@ class Run:
     segments: dict[Segment, Counter[str]]
     base: Parts
     trained: int
+    host: Counter[str]
+    traffic: Traffic
 
 
 def run_through(job: Job, kind: str) -> Run:
@@ -112,19 +132,34 @@ def run_through(job: Job, kind: str) -> Run:
         job = replace(job, optimizer=replace(job.optimizer, name=unpaged, allow_oversubscription=False))
     with simulated(kind) as ledger:
         stepper = prepared(job, torch.device("meta"))
+        model, parameters = stepper.model, stepper.passes.parameters
         label_model(ledger, stepper)
-        follow(ledger, stepper)
+        follow(ledger, model)
+        base = parts_in_memory(model)
+        trained = sum(p.numel() for p in parameters.values())
+        sharing, buckets = None, 0
+        if job.shared:
+            sharing = Sharing(ledger, model, job, kind)
+            stepper.passes = SharedPasses(model, sharing)
+            stepper.optimizer = make_optimizer(stepper.passes.moved, job.optimizer)
+        elif job.processes > 1:  # DistributedDataParallel sums gradients in memory of its own
+            buckets = sum(p.nbytes for p in parameters.values())
+            copies = torch.empty(buckets, dtype=torch.uint8, device="meta")
+            ledger.relabel([copies], BUCKETS)
+        stepper.optimizer.register_step_pre_hook(lambda *_: ledger.enter(("update",)))
 
         def begin() -> None:
             store = stepper.optimizer.store
             assert store is not None
-            ledger.relabel([store.memory.tensor(0, (1,), torch.uint8)], STATES)
+            states = store.memory.tensor(0, (1,), torch.uint8)
+            ledger.relabel([states], STATES)
+            if sharing is not None:
+                sharing.begin(states)
             ledger.begin(("start",))
 
-        steps_taken(stepper, job.accumulation, begin)
+        steps_taken(stepper, begin)
         ledger.settle()
         ledger.relabel(dense.workspaces.__dict__.get("held", {}).values(), DECODED)
-        trained = sum(p.numel() for p in stepper.parameters.values())
         count = min(layers_of(job.raw), default=0)
         segments: dict[Segment, Counter[str]] = {}
         for segment in ledger.peaks:
@@ -132,7 +167,9 @@ def run_through(job: Job, kind: str) -> Run:
             parts = ledger.parts(segment)
             if placed not in segments or parts.total() > segments[placed].total():
                 segments[placed] = parts
-        return Run(segments, parts_in_memory(stepper.model), trained)
+        if sharing is not None:
+            return Run(segments, base, trained, sharing.host, sharing.traffic(job.rounds))
+        return Run(segments, base, trained, Counter(), Traffic(job.processes, job.rounds, all_reduced=buckets))
 
 
 def label_model(ledger: Ledger, stepper: Stepper) -> None:
@@ -144,24 +181,22 @@ def label_model(ledger: Ledger, stepper: Stepper) -> None:
             label = SCALES if name.endswith("absmax_codes") else CODES
         else:
             label = part_of(model, name)
-            if parameter.requires_grad and label != ADAPTERS and stepper.adapted:
+            if parameter.requires_grad and label != ADAPTERS and stepper.job.lora is not None:
                 label = TRAINED
         ledger.relabel([parameter], label)
     ledger.relabel(model.buffers(), SCALES)
-    for parameter in stepper.parameters.values():
+    for parameter in stepper.passes.parameters.values():
         parameter.register_post_accumulate_grad_hook(
             lambda p: ledger.relabel([] if p.grad is None else [p.grad], GRADIENTS)
         )
 
 
-def follow(ledger: Ledger, stepper: Stepper) -> None:
+def follow(ledger: Ledger, model: nn.Module) -> None:
     """Have the ledger know which block is at work, forward or backward."""
-    for s, stack in enumerate(m for m in stepper.model.modules() if isinstance(m, Stack)):
-        blocks = next(child for child in stack.children() if isinstance(child, nn.ModuleList))
-        for i, block in enumerate(blocks):
+    for s, stack in enumerate(m for m in model.modules() if isinstance(m, Stack)):
+        for i, block in enumerate(stack.blocks):
             block.register_forward_pre_hook(entering(ledger, s, i))
             block.register_forward_hook(leaving(ledger, s, i))
-    stepper.optimizer.register_step_pre_hook(lambda *_: ledger.enter(("update",)))
 
 
 def entering(ledger: Ledger, s: int, i: int) -> Any:
@@ -202,7 +237,10 @@ def extended(small: Run, large: Run, more: int) -> Run:
         part.tensors = line(one.tensors, other.tensors, more)
         part.parameters = line(one.parameters, other.parameters, more)
         part.nbytes = {kind: line(one.nbytes[kind], other.nbytes[kind], more) for kind in one.nbytes}
-    return Run(segments, base, line(small.trained, large.trained, more))
+    host = Counter({label: line(small.host[label], large.host[label], more) for label in large.host})
+    one, other = asdict(small.traffic), asdict(large.traffic)
+    traffic = Traffic(**{name: line(one[name], other[name], more) for name in one})
+    return Run(segments, base, line(small.trained, large.trained, more), host, traffic)
 
 
 def line(one: int, other: int, more: int) -> int:

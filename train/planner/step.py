@@ -9,10 +9,9 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 import kernels
 from models import LoraConfig, attach_lora
@@ -20,12 +19,15 @@ from models.architectures import build
 from models.checkpoint import linear_weights, place
 from models.errors import ConfigError
 from models.model import Model
+from models.parallel.shard import ShardConfig, shard
 from models.t5 import T5
 from models.whole import train_whole
-from nf4 import QuantConfig, QuantizedTensor, code_bits
+from nf4 import QuantConfig
+from nf4.sizes import without_memory
 from train.data.batches import Batch
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.paged.fused import FusedOptimizer
+from train.passes import Passes, passes_of
 from train.step import update
 
 NORM = 0.3
@@ -57,26 +59,44 @@ class Job:
     """Tokens of each example, of an encoder's text where there are two."""
     target_len: int = 128
     """Tokens that a decoder writes."""
+    processes: int = 1
+    """Each with a device of its own."""
+    distributed: Literal["ddp", "fsdp"] = "ddp"
+    """Whether each has the whole model, or a share."""
+    fsdp: ShardConfig = field(default_factory=ShardConfig)
+    """How it is shared."""
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of a step that one process has at most."""
+        return -(-self.accumulation // self.processes)
+
+    @property
+    def shared(self) -> bool:
+        """Whether a process has a share of the model only."""
+        return self.processes > 1 and self.distributed == "fsdp"
 
 
 @dataclass
 class Stepper:
     """A model that is ready to train, with its optimizer."""
 
+    job: Job
     model: Model
-    parameters: dict[str, nn.Parameter]
+    passes: Passes
     optimizer: FusedOptimizer
     batch: Batch
-    adapted: bool
-    """Whether adapters are trained, on a base that is frozen."""
 
     def step(self, micro_batches: int) -> None:
         """A step as any but the first, which also looks at the values of gradients, and here there may be none."""
-        update(self.model, self.parameters, self.optimizer, [self.batch] * micro_batches, 2, NORM)
+        update(self.passes, self.optimizer, [self.batch] * micro_batches, 2, NORM)
 
 
 def prepared(job: Job, device: torch.device) -> Stepper:
-    """The model with its adapters, and its optimizer, which has no states yet."""
+    """The model with its adapters, and its optimizer, which has no states yet.
+
+    Several processes that are there share it. One that plans has it whole, and makes it shared by itself.
+    """
     model = assembled(job, device)
     model.requires_grad_(False)
     if job.lora is None:
@@ -88,17 +108,18 @@ def prepared(job: Job, device: torch.device) -> Stepper:
             raise ConfigError(str(error)) from error
     model.gradient_checkpointing = job.gradient_checkpointing
     model.train()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return Stepper(
-        model, parameters, make_optimizer(parameters, job.optimizer), batch_for(model, job), job.lora is not None
-    )
+    batch = batch_for(model, job)
+    if job.shared and device.type != "meta":
+        shard(model, device, job.fsdp)
+    passes = passes_of(model)
+    return Stepper(job, model, passes, make_optimizer(passes.moved, job.optimizer), batch)
 
 
-def steps_taken(stepper: Stepper, accumulation: int, between: Callable[[], None] = lambda: None) -> None:
+def steps_taken(stepper: Stepper, between: Callable[[], None] = lambda: None) -> None:
     """Take the step that makes the states, call `between`, and take the step that is planned."""
     stepper.step(1)
     between()
-    stepper.step(min(accumulation, 2))
+    stepper.step(min(stepper.job.rounds, 2))
 
 
 def assembled(job: Job, device: torch.device) -> Model:
@@ -111,7 +132,7 @@ def assembled(job: Job, device: torch.device) -> Model:
     for name, shape in {name: p.shape for name, p in model.named_parameters()}.items():
         quant = job.quant if name in linears and not linears[name].in_head else None
         if quant is not None and device.type == "meta":
-            place(model, name, coded(shape, job.dtype, quant))
+            place(model, name, without_memory(shape, job.dtype, quant))
             continue
         weight = torch.empty(shape, dtype=job.dtype, device=device)
         if generator is not None:
@@ -129,21 +150,6 @@ def without_notes() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
-
-
-def coded(shape: torch.Size, dtype: torch.dtype, config: QuantConfig) -> QuantizedTensor:
-    """A stored weight without memory. (`check_sizes` refuses sizes that are not those of the format.)"""
-    n = shape.numel()
-    blocks = -(-n // config.block_size)
-
-    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
-
-    packed = empty(-(-n * code_bits(config.codebook) // 8), dtype=torch.uint8)
-    if not config.double_quant:
-        return QuantizedTensor(packed, empty(blocks), None, None, None, tuple(shape), dtype, config)
-    codes, nested = empty(blocks, dtype=torch.uint8), empty(-(-blocks // config.nested_block_size))
-    return QuantizedTensor(packed, None, codes, nested, empty(), tuple(shape), dtype, config)
 
 
 def batch_for(model: Model, job: Job) -> Batch:

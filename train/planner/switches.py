@@ -10,10 +10,8 @@ from typing import Any
 import torch
 
 from models import LoraConfig
-from models.device import pick_dtype
 from nf4 import QuantConfig
-from train.planner.gpus import GIB, Gpu
-from train.planner.jobs import job_of
+from train.planner.gpus import Gpu
 from train.planner.plan import Plan
 from train.planner.plan import plan as planned_anew
 from train.planner.step import Job
@@ -53,37 +51,42 @@ def fitting(job: Job, gpu: Gpu, kind: str = "cuda") -> tuple[list[Switch], Plan 
     numbers: list[int] = []
     current = plan(job, kind)
     for number in range(len(CHANGES)):
-        while not gpu.fits(current.needed):
+        while not current.fits(gpu):
             changed = change(current.job, number, kind)
             tried = None if changed is None else plan(changed[0], kind)
             if tried is None or tried.needed >= current.needed:
                 break
             numbers.append(number)
             current = tried
-    if not gpu.fits(current.needed):
+    if not current.fits(gpu):
         return made(job, numbers, kind), None
     for number in reversed(numbers[:-1]):  # a later change may have made an earlier one needless
         fewer = numbers.copy()
         fewer.remove(number)
-        if gpu.fits(plan(changed_by(job, fewer, kind), kind).needed):
-            numbers = fewer
-    return made(job, numbers, kind), plan(changed_by(job, numbers, kind), kind)
+        without = changed_by(job, fewer, kind)
+        if without is not None and plan(without, kind).fits(gpu):
+            numbers, current = fewer, plan(without, kind)
+    return made(job, numbers, kind), current
 
 
 def made(job: Job, numbers: list[int], kind: str) -> list[Switch]:
     """The changes of these numbers, one after the other; those that are made again are told as one."""
     told: dict[int, Switch] = {}
     for position, number in enumerate(numbers):
-        changed = change(changed_by(job, numbers[:position], kind), number, kind)
+        before = changed_by(job, numbers[:position], kind)
+        assert before is not None
+        changed = change(before, number, kind)
         assert changed is not None
         told[number] = Switch(changed[1], CHANGES[number][1], plan(changed[0], kind))
     return list(told.values())
 
 
-def changed_by(job: Job, numbers: list[int], kind: str) -> Job:
+def changed_by(job: Job, numbers: list[int], kind: str) -> Job | None:
+    """The job after the changes of these numbers; None if one of them needs another that is not there."""
     for number in numbers:
         changed = change(job, number, kind)
-        assert changed is not None
+        if changed is None:
+            return None
         job = changed[0]
     return job
 
@@ -96,9 +99,25 @@ def changes(job: Job, kind: str) -> Iterator[tuple[Job, str, str]]:
 
 
 def change(job: Job, number: int, kind: str) -> tuple[Job, str] | None:
-    made = CHANGES[number][0](job)
-    paged = made is not None and made[0].optimizer.name.startswith("paged-") and kind == "cpu"
-    return None if paged and not job.optimizer.name.startswith("paged-") else made
+    if kind == "cpu" and CHANGES[number][0] in (paged_states, offloaded):  # there is no other memory
+        return None
+    return CHANGES[number][0](job)
+
+
+MORE = (2, 4, 8)
+
+
+def devices_needed(job: Job, gpu: Gpu, kind: str = "cuda") -> Plan | None:
+    """The same step shared by rows on as few devices of this kind as hold it; None if eight do not, or are none more.
+
+    No other setting is changed.
+    """
+    for processes in MORE:
+        if processes > job.processes:
+            spread = plan(replace(job, processes=processes, distributed="fsdp"), kind)
+            if spread.fits(gpu):
+                return spread
+    return None
 
 
 # The changes
@@ -149,6 +168,18 @@ def adapters(job: Job) -> tuple[Job, str] | None:
     return None if job.lora is not None else (replace(job, lora=LoraConfig()), "--adapters")
 
 
+def shared(job: Job) -> tuple[Job, str] | None:
+    if job.processes == 1 or job.shared:
+        return None
+    return replace(job, distributed="fsdp"), "--distributed fsdp"
+
+
+def offloaded(job: Job) -> tuple[Job, str] | None:
+    if not job.shared or job.fsdp.cpu_offload:
+        return None
+    return replace(job, fsdp=replace(job.fsdp, cpu_offload=True)), "--fsdp.cpu-offload"
+
+
 def quantized(job: Job) -> tuple[Job, str] | None:
     if job.quant is not None or job.lora is None:
         return None
@@ -165,36 +196,12 @@ CHANGES: tuple[tuple[Change, str], ...] = (
     (double_quant, "nothing: 0.37 bits less for a weight"),
     (paged_states, "nothing while there is room; else a copy at each step"),
     (smaller_batch, "a little time; the same training"),
+    (shared, "weights are sent around in every micro-batch"),
     (checkpointing, "a third more time"),
+    (offloaded, "weights come from the CPU in every micro-batch"),
     (eight_bit_states, "states rounded to 8 bits"),
     (narrow_adapters, "small updates of the adapters are rounded away"),
     (adapters, "adapters are trained, and not every weight"),
     (quantized, "a base in 4 bits"),
     (shorter, "longer texts are cut"),
 )
-
-
-def suggestion(
-    config: Any, available_bytes: int, *, max_len: int | None = None, device: torch.device = torch.device("cuda")
-) -> str:
-    """A plan that fits, for a run that found too little memory: what to change, and what that takes.
-
-    Nothing is allocated on the device. `max_len` is the longest text of the data, where no setting says it.
-    """
-    tokens = max_len or config.data.max_len or 512
-    job = job_of(config, pick_dtype(config.dtype, device), tokens, config.data.target_max_len or 128)
-    gpu = Gpu(device.type, available_bytes)
-    before = plan(job, device.type)
-    steps, after = fitting(job, gpu, device.type)
-    size = f"{available_bytes / GIB:.1f} GiB"
-    needs = f"by plan this takes {gpu.takes(before.needed) / GIB:.1f} GiB of {size}"
-    if after is None:
-        smallest = steps[-1].plan if steps else before
-        return (
-            f"{needs}, and no setting makes it fit: the least found is {gpu.takes(smallest.needed) / GIB:.1f} GiB; "
-            "take a smaller model or a larger device"
-        )
-    if not steps:
-        return f"{needs}, which fits: something else holds memory of the device"
-    flags = " ".join(switch.flags for switch in steps)
-    return f"{needs}; it fits with {flags}: {gpu.takes(after.needed) / GIB:.1f} GiB"
