@@ -259,22 +259,3 @@ def block_scale(block, scales_ptr, map_ptr, nested_ptr, offset, NESTED: tl.const
     if NESTED != 0:
         scale = tl.load(map_ptr + scale.to(tl.int32)) * tl.load(nested_ptr + block // NESTED) + offset
     return scale
-
-
-@triton.jit
-def prefetch(pointers, nbytes, INTERPRET: tl.constexpr):
-    """Have `nbytes` from each pointer on brought into the cache that all processors share, in lines of 128.
-
-    A loop has a few steps on their way, which read a piece of each row; memory is fastest if it is asked for all at
-    once and for whole lines.
-    """
-    if not INTERPRET:
-        for start in range(0, nbytes, 128):
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-                "=r,l",
-                [pointers.to(tl.int64) + start],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )

@@ -92,7 +92,6 @@ def gpu_rows() -> tuple[Row, ...]:
         matmul_few,
         matmul_grad,
         matmul_mid,
-        matmul_vector,
         norm,
         project,
         restore,
@@ -103,7 +102,6 @@ def gpu_rows() -> tuple[Row, ...]:
     rows = (
         Row("quantize", "cuda", store.accepts, store.quantize),
         Row("dequantize", "cuda", restore.accepts, restore.dequantize),
-        Row("matmul", "cuda", matmul_vector.accepts, matmul_vector.matmul),
         Row("matmul", "cuda", matmul_few.accepts, matmul_few.matmul),
         Row("matmul", "cuda", matmul_mid.accepts, matmul_mid.matmul),
         Row("matmul", "cuda", expand.accepts, expand.matmul),

@@ -68,7 +68,7 @@ def launch_product(
 
 def launches(tokens: tuple[int, ...], outputs: tuple[int, ...]) -> list[Launch]:
     """Launches worth timing for tiles of these sizes."""
-    tiles = [{"BLOCK_M": m, "BLOCK_N": n, "PREFETCH": True} for m in tokens for n in outputs]
+    tiles = [{"BLOCK_M": m, "BLOCK_N": n} for m in tokens for n in outputs]
     return [Launch(tile, warps, stages) for tile in tiles for warps in (4, 8) for stages in (2, 3, 4, 5)]
 
 

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import epilogue, matmul_few, matmul_mid, matmul_vector, product
+from kernels import epilogue, matmul_few, matmul_mid, product
 from nf4 import QuantConfig, quantize
 from tests.products import in_both, judge, normal, poisoned_memory, weight
 
 DTYPES = [torch.bfloat16, torch.float16]
-SPLIT = {matmul_few: 17, matmul_mid: 33}  # forms whose sums may be split, and some tokens
-FORMS = {matmul_vector: 3, **SPLIT}
+FORMS = {matmul_few: 17, matmul_mid: 33}  # and some tokens
 STORED = [
     QuantConfig("nf4", 64),
     QuantConfig("nf4", 32, nested_block_size=5),
@@ -51,10 +50,6 @@ def test_it_errs_at_most_twice_as_much_as_torch_whatever_the_storage(form, confi
 @pytest.mark.parametrize(
     ("form", "M", "N", "K", "block_size"),
     [
-        (matmul_vector, 1, 1, 64, 64),
-        (matmul_vector, 1, 11, 576, 128),  # blocks that begin in one row and end in the next
-        (matmul_vector, 2, 40, 96, 32),
-        (matmul_vector, 4, 9, 4160, 64),  # more groups than are taken at once
         (matmul_few, 1, 1, 64, 64),
         (matmul_few, 16, 130, 128, 64),
         (matmul_few, 17, 40, 576, 128),  # blocks that begin in one row and end in the next
@@ -76,9 +71,9 @@ def test_bias_and_branch_are_added_whatever_the_rank(form, R, adapter):
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
-@pytest.mark.parametrize("form", SPLIT)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_sum_in_parts_is_the_same_sum(form, parts, monkeypatch):
-    arguments = (form, SPLIT[form], 140, 512, QuantConfig(), torch.float16, 4, True)
+    arguments = (form, FORMS[form], 140, 512, QuantConfig(), torch.float16, 4, True)
     whole = check(*arguments)
     monkeypatch.setattr(product, "split", lambda tiles, rounds, *_: (parts, -(-rounds // parts)))
     split = check(*arguments)
@@ -107,7 +102,7 @@ def test_parts_cover_the_loop_and_run_all_at_once_or_are_short(tiles, rounds, pr
     assert 2 * parts > min(2 * processors // tiles, rounds // 4)  # and not many fewer
 
 
-@pytest.mark.parametrize("form", SPLIT)
+@pytest.mark.parametrize("form", FORMS)
 def test_no_tokens_give_no_outputs(form):
     assert form.matmul(torch.zeros(0, 64, dtype=torch.float16), weight(8, 64, QuantConfig())).shape == (0, 8)
 
@@ -130,7 +125,7 @@ def test_x_need_not_be_contiguous(form):
 )
 def test_any_shape_any_storage_in_any_parts(form, dtype, sizes, config, R, bias, parts):
     M, N, groups = sizes
-    M = min(M, {matmul_vector: 4, matmul_few: 32}.get(form, M))
+    M = min(M, 32 if form is matmul_few else M)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(product, "split", lambda tiles, rounds, *_: (parts, -(-rounds // parts)))
         check(form, M, N, 64 * groups, config, dtype, R, bias, seed=M)
@@ -142,11 +137,10 @@ def test_each_form_accepts_its_tokens_in_16_bits_on_whole_words():
     def x(tokens, dtype=torch.bfloat16):
         return torch.zeros(tokens, 64, dtype=dtype)
 
-    assert [matmul_vector.accepts(x(tokens), q) for tokens in (0, 1, 4, 5)] == [False, True, True, False]
     assert [matmul_few.accepts(x(tokens), q) for tokens in (0, 1, 32, 33)] == [True, True, True, False]
-    assert [matmul_mid.accepts(x(tokens), q) for tokens in (32, 33, 256, 257)] == [False, True, True, False]
+    assert [matmul_mid.accepts(x(tokens), q) for tokens in (32, 33, 64, 65)] == [False, True, True, False]
     odd = quantize(torch.zeros(8, 48))
-    for form, tokens in ((matmul_vector, 2), (matmul_few, 4), (matmul_mid, 40)):
+    for form, tokens in ((matmul_few, 4), (matmul_mid, 40)):
         assert form.accepts(x(tokens, torch.float16), q)
         assert not form.accepts(x(tokens, torch.float32), q)
         assert not form.accepts(x(tokens)[:, :48], odd)
@@ -164,16 +158,8 @@ def test_every_launch_that_the_search_would_try_is_right(form, kernel, scaled):
         torch.testing.assert_close(ours, expected)
 
 
-def test_every_launch_for_single_tokens_is_right():
-    q, x = weight(20, 128, QuantConfig()), normal(1, 2, 128, dtype=torch.bfloat16)
-    expected = matmul_vector.matmul(x, q)
-    tiles = {tuple(each.constants.items()): each for each in matmul_vector.candidates()["2 tokens"]}
-    for launch in tiles.values():
-        torch.testing.assert_close(matmul_vector.matmul_by(launch, x, q, None, None, None, 1.0), expected)
-
-
 def test_a_token_may_begin_anywhere_in_a_buffer():
     q, buffer = weight(8, 64, QuantConfig()), normal(0, 129, dtype=torch.float16)
     for start in range(3):
         x = buffer[start : start + 64].view(1, 64)
-        assert torch.equal(matmul_vector.matmul(x, q), matmul_vector.matmul(x.clone(), q))
+        assert torch.equal(matmul_few.matmul(x, q), matmul_few.matmul(x.clone(), q))

@@ -170,7 +170,7 @@ def test_it_accepts_16_bits_on_whole_words_with_rows_of_32_bytes():
         return torch.zeros(tokens, N, dtype=dtype)
 
     q = weight(32, 64, QuantConfig())
-    assert [matmul_grad.accepts(dy(tokens), q) for tokens in (0, 1, 256, 257)] == [True, True, True, False]
+    assert [matmul_grad.accepts(dy(tokens), q) for tokens in (0, 1, 64, 65)] == [True, True, True, False]
     assert matmul_grad.accepts(dy(4, dtype=torch.float16), q)
     assert not matmul_grad.accepts(dy(4, dtype=torch.float32), q)
     assert not matmul_grad.accepts(dy(4, 24), weight(24, 64, QuantConfig()))
