@@ -89,6 +89,7 @@ class Pager:
     def tell(self, error: CudaError) -> None:
         if not self.told:
             log.warning(
-                "optimizer states are paged without hints from here on, more slowly but as correctly: %s", error
+                "optimizer states are paged without hints from here on, more slowly but as correctly: %s",
+                str(error),  # whoever keeps the record would keep the error's frames, and the states in them
             )
         self.told = True
