@@ -244,12 +244,12 @@ def test_the_script_for_a_lent_gpu_writes_a_file_for_each_part(tmp_path, monkeyp
     monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
     monkeypatch.setattr(memory, "measured_apart", lambda setting: {"optimizer": setting.optimizer})
     assert device_run.main(["--out", str(tmp_path / "r"), "--device", "cpu", "--quick", "--commit", "abc"]) == 0
-    for name in ("correctness", "kernels", "updates", "training", "memory", "planner"):
+    for name in ("correctness", "kernels", "updates", "training", "memory", "planner", "sharing"):
         found = json.loads((tmp_path / "r" / f"{name}.json").read_text())
         assert found.keys() >= PROVENANCE
         assert (found["benchmark"], found["commit"], found["failures"]) == (name, "abc", [])
         assert found["rows"]
-    assert capsys.readouterr().out.count("wrong: nothing") == 6
+    assert capsys.readouterr().out.count("wrong: nothing") == 7
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
