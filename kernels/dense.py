@@ -1,9 +1,9 @@
 """The products with many tokens: decode W once into a workspace, then one dense product.
 
-Decoding costs as much as a product with some three hundred tokens, so from there on it is the faster way, and on
-no device is there a faster dense product than the vendor's. The workspace is shared by all layers: W lives
-there only until the product is done. The LoRA branch is a small product added to the result; on a GPU it is written
-first (see `expand`).
+Decoding costs as much as a dense product with a hundred tokens or two (on an H200), so beyond some tens of tokens it is
+the faster way, and on no device is there a faster dense product than the vendor's. The workspace is shared by all
+layers: W lives there only until the product is done. The LoRA branch is a small product added to the result; on a GPU
+it is written first (see `expand`).
 M tokens, N outputs, K inputs, R rank.
 """
 

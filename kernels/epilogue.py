@@ -21,12 +21,11 @@ from kernels.planned import PROCESSORS
 def split(tiles: int, rounds: int, device: torch.device, resident: int = 2) -> tuple[int, int]:
     """Into how many parts a loop of `rounds` is split, and rounds of a part: no more programs than run at once.
 
-    One more, and it would start when the others are done.
+    One more, and it would start when the others are done. In less than eight rounds there is little but filling the
+    pipeline: on an H200 a token times 4096 x 4096 took 11.8 us in 8 parts of 8 rounds, 12.7 in 16 of 4.
     """
     wanted = resident * processors(device) // tiles
-    length = -(
-        -rounds // max(min(wanted, rounds // 4), 1)
-    )  # below four rounds there is little but filling the pipeline
+    length = -(-rounds // max(min(wanted, rounds // 8), 1))
     return -(-rounds // length), length
 
 

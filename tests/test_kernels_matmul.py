@@ -97,9 +97,9 @@ def test_parts_cover_the_loop_and_run_all_at_once_or_are_short(tiles, rounds, pr
         patch.setattr(epilogue, "processors", lambda device: processors)
         parts, length = epilogue.split(tiles, rounds, torch.device("cpu"))
     assert (parts - 1) * length < rounds <= parts * length
-    assert parts == 1 or length >= 4
+    assert parts == 1 or length >= 8
     assert parts == 1 or parts * tiles <= 2 * processors
-    assert 2 * parts > min(2 * processors // tiles, rounds // 4)  # and not many fewer
+    assert 2 * parts > min(2 * processors // tiles, rounds // 8)  # and not many fewer
 
 
 @pytest.mark.parametrize("form", FORMS)
