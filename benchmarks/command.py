@@ -87,7 +87,7 @@ def command(options: BenchOptions, console: "Console") -> Result:
 def bench_kernels(options: BenchOptions, console: "Console") -> Result:
     """Correctness first, then every operator beside its rivals."""
     from benchmarks import correctness
-    from benchmarks.kernels import measure
+    from benchmarks.kernels import failures, measure
 
     if options.aot:
         return gate(options.aot, console)
@@ -104,7 +104,7 @@ def bench_kernels(options: BenchOptions, console: "Console") -> Result:
     show(console, names, rows, ["ours_ms", "bitsandbytes_ms", "bitsandbytes_repacked_ms", "dense_ms"])
     show(console, names, rows, ["vs_bitsandbytes", "vs_bitsandbytes_repacked", "vs_dense", "bandwidth_share"])
     show_verdicts(console, names, rows)
-    return {"rows": rows, "correctness": checked, "failures": correctness.failures(checked)}
+    return {"rows": rows, "correctness": checked, "failures": correctness.failures(checked) + failures(rows)}
 
 
 def bench_training(options: BenchOptions, console: "Console") -> Result:

@@ -3,8 +3,9 @@
 `python -m benchmarks.device_run --out DIR [--commit HASH]` checks every operator against float64, then measures
 `kernels`, `training`, `memory`, `updates`, `planner` (what is planned beside what is measured), `sharing` (FSDP2 with
 one process) and, on a GPU, what paging does, and writes one JSON file each into DIR. A part that fails leaves its
-traceback in its file and the next one starts all the same; the exit code then is 1. It works on a CPU too, for testing
-it: `--quick` takes sizes of no interest.
+traceback in its file and the next one starts all the same; the exit code then is 1. `--only NAME...` does some of them,
+for instance beside one another where none of them is timed. It works on a CPU too, for testing it: `--quick` takes
+sizes of no interest.
 """
 
 import argparse
@@ -32,11 +33,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="what the tree is, where git cannot say")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="small sizes and one repeat")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these parts alone")
     options = parser.parse_args(argv)
+    todo = parts(options.device, 1 if options.quick else options.repeats, options.quick)
+    if unknown := [name for name in options.only or () if name not in todo]:
+        parser.error(f"the parts are {', '.join(todo)}, and {unknown[0]!r} is none of them")
     options.out.mkdir(parents=True, exist_ok=True)
     about = provenance(options.device, options.commit)
     right = True
-    for name, part in parts(options.device, 1 if options.quick else options.repeats, options.quick).items():
+    for name, part in todo.items():
+        if options.only and name not in options.only:
+            continue
         start = time.perf_counter()
         result = outcome(part)
         result |= {"benchmark": name, **about, "took_seconds": round(time.perf_counter() - start, 1)}
@@ -61,6 +68,10 @@ def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict
         rows = correctness.check(device, shapes)
         return {"rows": rows, "failures": correctness.failures(rows)}
 
+    def measured() -> dict[str, Any]:
+        rows = kernels.measure(device, sizes, repeats, tokens, lora_tokens)
+        return {"rows": rows, "failures": kernels.failures(rows)}
+
     def planned() -> dict[str, Any]:
         rows = planner.measure(device, planner.QUICK if quick else planner.JOBS)
         return {"rows": rows, "failures": planner.failures(rows)}
@@ -71,7 +82,7 @@ def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict
 
     return {
         "correctness": checked,
-        "kernels": lambda: {"rows": kernels.measure(device, sizes, repeats, tokens, lora_tokens), "failures": []},
+        "kernels": measured,
         "updates": lambda: {
             "rows": updates.measure(device, repeats, {"few": [300]} if quick else None),
             "failures": [],

@@ -39,6 +39,8 @@ class Case:
     """Bytes that our way cannot but read and write; 0 where that is not the measure."""
     quick: bool = False
     """Over so soon on a GPU that it is timed as a graph."""
+    slow: bool = False
+    """So slow that one copy is enough: no cache matters."""
 
 
 def measure(
@@ -58,9 +60,9 @@ def measure(
         held = targets.GPU if gpu else targets.CPU if (N, K) == (4096, 4096) else {}
         operands = Operands(N, K, device)
         for case in cases(operands, tokens, lora_tokens):
-            row = timed(case, operands.copies, repeats, gpu)
+            row = timed(case, 1 if case.slow else operands.copies, repeats, gpu)
             row |= {"shape": [N, K], "dtype": "bfloat16", "repeats": repeats}
-            if bandwidth and case.nbytes:
+            if bandwidth and case.nbytes and "seconds" in row:
                 row |= {
                     "copy_bandwidth": bandwidth,
                     "bandwidth_share": case.nbytes / row["seconds"] / bandwidth,
@@ -70,19 +72,35 @@ def measure(
 
 
 def timed(case: Case, copies: int, repeats: int, gpu: bool) -> dict[str, Any]:
-    """The medians of a case's contestants, and ours over the others'."""
+    """The medians of a case's contestants, and ours over the others'; who fails is told of and does not take part."""
     rotations = {name: Rotation([partial(call, i) for i in range(copies)]) for name, call in case.contestants.items()}
     clock = GraphClock(record=case.quick, replays=10 if case.quick else 3) if gpu else stopwatch
-    timings = interleaved(rotations, repeats, clock)
+    broken = {name: why for name, rotation in rotations.items() if (why := failure(rotation, clock))}
+    timings = interleaved({name: each for name, each in rotations.items() if name not in broken}, repeats, clock)
     medians = {name: timing.median for name, timing in timings.items()}
     return {
         "case": case.name,
-        "seconds": medians["ours"],
+        "broken": broken,
+        **({"seconds": medians["ours"]} if "ours" in medians else {}),
         **{f"{name}_ms": 1000 * median for name, median in medians.items()},
         "fastest_ms": {name: 1000 * timing.fastest for name, timing in timings.items()},
         "slowest_ms": {name: 1000 * timing.slowest for name, timing in timings.items()},
-        **targets.against(medians),
+        **(targets.against(medians) if "ours" in medians else {}),
     }
+
+
+def failure(rotation: Rotation, clock: Callable[[Call], float]) -> str | None:
+    """Why a contestant cannot be timed, in one line: a peer that lacks a kernel for this GPU costs no other's row."""
+    try:
+        clock(rotation)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def failures(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Who could not be timed, and why."""
+    return [f"{row['case']} {row['shape']}: {who}: {why}" for row in rows for who, why in row["broken"].items()]
 
 
 class Operands:
@@ -132,7 +150,7 @@ def cases(operands: Operands, tokens: Iterable[int], lora_tokens: int) -> Iterat
         yield Case(f"LoRA forward and backward M={lora_tokens}{suffix}", contestants)
 
     searched = nf4.QuantConfig(scale="search")
-    yield Case("quantize by search", {"ours": lambda i: kernels.quantize(o.dense[i], searched)})
+    yield Case("quantize by search", {"ours": lambda i: kernels.quantize(o.dense[i], searched)}, slow=True)
 
 
 def linear(o: Operands, x: Tensor, i: int) -> Tensor:

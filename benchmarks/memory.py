@@ -35,7 +35,8 @@ PARTS = {  # of a row, and what a person calls them
 
 def measure(setting: Setting) -> list[dict[str, Any]]:
     """Give a row per optimizer."""
-    return [measured_apart(dataclasses.replace(setting, optimizer=name)) for name in NAMES]
+    settings = [dataclasses.replace(setting, optimizer=name) for name in NAMES]
+    return training.apart(setting.device, measured_apart, settings)
 
 
 def measured_apart(setting: Setting) -> dict[str, Any]:

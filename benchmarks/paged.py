@@ -20,6 +20,8 @@ from train.paged.fused import FusedOptimizer
 SHAPES = ((4096, 64), (64, 4096)) * 16 + ((1000, 1001),)  # rank-64 adapters of a 7B layer or two: 9.4 M parameters
 PAIRS: tuple[tuple[type[AdamW], type[AdamW]], ...] = ((PagedAdamW, AdamW), (PagedAdamW8bit, AdamW8bit))
 STEPS = 10
+PAGE = 4096
+MOST = 0.99  # of pages: what lies in none of a step's ranges but at their edges comes by a fault, when it is touched
 MiB = 2**20
 
 Row = dict[str, Any]
@@ -62,11 +64,17 @@ def claims(optimizer: FusedOptimizer, other: FusedOptimizer, runtime: Runtime) -
         told.append((f"{move.__name__} moves them to {expected}", {"found": place, "holds": place == expected}))
     train(optimizer, STEPS, 1)
     train(other, STEPS, 1)
-    place = arena.location(0, arena.nbytes)
-    told.append(("a step brings them to the device", {"found": place, "holds": place == device}))
+    share = share_at(device, arena)
+    told.append((f"a step brings {MOST:.0%} of their pages to the device", {"found": share, "holds": share >= MOST}))
     same = all(map(torch.equal, values(optimizer), values(other)))
     told.append((f"{STEPS + 1} steps are the unpaged one's, bit for bit", {"holds": same}))
     return told
+
+
+def share_at(place: int, arena: Arena) -> float:
+    """The share of an arena's pages that were last prefetched to a place."""
+    starts = range(0, arena.nbytes, PAGE)
+    return sum(arena.location(at, min(at + PAGE, arena.nbytes)) == place for at in starts) / len(starts)
 
 
 def timed(optimizer: FusedOptimizer, other: FusedOptimizer, repeats: int, device: torch.device) -> Row:

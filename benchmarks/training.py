@@ -10,7 +10,8 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,18 @@ def measure(setting: Setting, dropouts: tuple[float, ...] = (0.0, 0.1), repeats:
         tokens = setting.batch * setting.tokens
         rows.append({"dropout": dropout, **{f"{name}_tokens_s": tokens / t.median for name, t in times.items()}})
     del steps
-    for row in rows:
-        for name in builders:
-            above, whole = peak_of(name, dataclasses.replace(setting, dropout=row["dropout"]))
-            row |= {f"{name}_peak_above_start": above, f"{name}_peak": whole}
+    asked = [(row, name) for row in rows for name in builders]
+    settings = [dataclasses.replace(setting, dropout=row["dropout"]) for row, _ in asked]
+    peaks = apart(setting.device, peak_of, [name for _, name in asked], settings)
+    for (row, name), (above, whole) in zip(asked, peaks, strict=True):
+        row |= {f"{name}_peak_above_start": above, f"{name}_peak": whole}
     return [judged(row) for row in rows]
+
+
+def apart(device: str, measure: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+    """What processes of their own measure, side by side where it is memory of a GPU, which each counts for itself."""
+    with ThreadPoolExecutor(1 if torch.device(device).type == "cpu" else 5) as pool:
+        return list(pool.map(measure, *arguments))
 
 
 def judged(row: dict[str, Any]) -> dict[str, Any]:

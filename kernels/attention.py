@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels.dispatch import form
 from kernels.layers import like
+from kernels.operator import operator
 from kernels.planned import kind_of
 from kernels.reference import check_attention
 
@@ -28,9 +30,7 @@ def attention(q: Float[Tensor, "..."], k: Float[Tensor, "..."], v: Float[Tensor,
     return reference.attention(q, k, v)
 
 
-@torch.library.custom_op(
-    "qlora::attention", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)"
-)
+@operator("attention", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
 def attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return form("attention", q.device, q, k)(q, k, v)
 
@@ -45,6 +45,7 @@ def attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.save_for_backward(*inputs, *output)
 
 
+@once_differentiable
 def attention_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor, Tensor, Tensor]:
     return attention_grad_op(dy, *ctx.saved_tensors)
 
@@ -52,10 +53,8 @@ def attention_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor, Tensor, Te
 attention_op.register_autograd(attention_backward, setup_context=attention_context)
 
 
-@torch.library.custom_op(
-    "qlora::attention_grad",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse) -> (Tensor, Tensor, Tensor)",
+@operator(
+    "attention_grad", "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse) -> (Tensor, Tensor, Tensor)"
 )
 def attention_grad_op(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor

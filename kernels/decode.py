@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Int16
+from jaxtyping import Int16, Int32
 from torch import Tensor
 
 from kernels.launch import INTERPRET
@@ -56,17 +56,36 @@ SCALE = {
 @lru_cache
 def decode_asm(name: str, dtype: torch.dtype, scaled: bool = False) -> str:
     """PTX that turns the word $4 into four pairs of levels $0..$3, times the pair $5 of scales if `scaled`."""
-    bits = level_bits(name, dtype).tolist()
-    planes = [[(bits[code] >> shift) & 0xFF for code in range(16)] for shift in (8, 0)]
-    constants = [
-        sum(plane[code + i] << 8 * i for i in range(4)) for plane in planes for code in range(0, 16, 4)
-    ]  # k0..k3: the high bytes, k4..k7: the low ones
-    lines = [f".reg .b32 k{i};\nmov.b32 k{i}, 0x{value:08x};\n" for i, value in enumerate(constants)]
+    lines = [f".reg .b32 k{i};\nmov.b32 k{i}, 0x{value:08x};\n" for i, value in enumerate(tables(name, dtype))]
     lines.append(DECODE.format(lower=HALF.format(first=0, second=1), upper=HALF.format(first=2, second=3)))
     if scaled:
         lines.append(".reg .b32 z;\nmov.b32 z, 0x80008000;\n")
         lines += [SCALE[dtype].format(pair=pair) for pair in range(4)]
     return "{\n" + "".join(lines) + "}"
+
+
+DECODE_BY_TABLES = (
+    "{\n"
+    + "".join(f".reg .b32 k{i};\nmov.b32 k{i}, ${5 + i};\n" for i in range(8))
+    + DECODE.format(lower=HALF.format(first=0, second=1), upper=HALF.format(first=2, second=3))
+    + "}"
+)
+"""The same with the tables given as $5..$12, so that they stay in registers: as constants they are moved there anew for
+every word, one instruction a weight."""
+
+
+@lru_cache
+def tables(name: str, dtype: torch.dtype) -> tuple[int, ...]:
+    """Both tables of 16 bytes as four registers each: the high bytes of the levels, then the low ones."""
+    bits = level_bits(name, dtype).tolist()
+    planes = [[(bits[code] >> shift) & 0xFF for code in range(16)] for shift in (8, 0)]
+    return tuple(sum(plane[code + i] << 8 * i for i in range(4)) for plane in planes for code in range(0, 16, 4))
+
+
+@lru_cache
+def tables_on(name: str, dtype: torch.dtype, device: torch.device) -> Int32[Tensor, "8"]:
+    with torch.inference_mode(False):
+        return torch.tensor(tables(name, dtype), dtype=torch.uint32).view(torch.int32).to(device)
 
 
 @lru_cache
@@ -135,6 +154,33 @@ def decoded(word, levels_ptr, ASM: tl.constexpr, INTERPRET: tl.constexpr):
             ASM,  # pyrefly: ignore[bad-argument-type]
             "=&r,=&r,=&r,=&r,r",
             [word],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def decoded_by_tables(word, tables_ptr, levels_ptr, ASM: tl.constexpr, INTERPRET: tl.constexpr):
+    """As `decoded`, with the tables in registers; for products that do not go through the matrix instruction."""
+    if INTERPRET:
+        v0, v1, v2, v3 = decoded(word, levels_ptr, ASM, INTERPRET)
+    else:
+        v0, v1, v2, v3 = tl.inline_asm_elementwise(
+            ASM,  # pyrefly: ignore[bad-argument-type]
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+            [
+                word,
+                tl.load(tables_ptr),
+                tl.load(tables_ptr + 1),
+                tl.load(tables_ptr + 2),
+                tl.load(tables_ptr + 3),
+                tl.load(tables_ptr + 4),
+                tl.load(tables_ptr + 5),
+                tl.load(tables_ptr + 6),
+                tl.load(tables_ptr + 7),
+            ],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,

@@ -1,9 +1,9 @@
 """The products with many tokens: decode W once into a workspace, then one dense product.
 
-Decoding costs as much as a product with some three hundred tokens, so from there on it is the faster way, and on
-no device is there a faster dense product than the vendor's. The workspace is shared by all layers: W lives
-there only until the product is done. The LoRA branch is a small product added to the result, or on a GPU, where
-memory is what such a product waits for, some more columns of the large one.
+Decoding costs as much as a dense product with a hundred tokens or two (on an H200), so beyond some tens of tokens it is
+the faster way, and on no device is there a faster dense product than the vendor's. The workspace is shared by all
+layers: W lives there only until the product is done. The LoRA branch is a small product added to the result; on a GPU
+it is written first (see `expand`).
 M tokens, N outputs, K inputs, R rank.
 """
 
@@ -35,32 +35,6 @@ def matmul(
     return y
 
 
-def accepts_augmented(x: Float[Tensor, "M K"], q: QuantizedTensor) -> bool:
-    """Are there more outputs than inputs? Then copying x once takes less memory traffic than passing over y again."""
-    return q.shape[0] > q.shape[1]
-
-
-def augmented_matmul(
-    x: Float[Tensor, "M K"],
-    q: QuantizedTensor,
-    bias: Float[Tensor, " N"] | None = None,
-    xa: Float[Tensor, "M R"] | None = None,
-    lora_b: Float[Tensor, "N R"] | None = None,
-    scaling: float = 1.0,
-) -> Float[Tensor, "M N"]:
-    """(M, K) -> (M, N): y = x W^T + bias + scaling xa B^T, as one product: [x | xa] [W | scaling B]^T.
-
-    The branch is then summed in float32 with all the rest, and y is written once.
-    """
-    if xa is None or lora_b is None:
-        return matmul(x, q, bias)
-    (N, K), R = q.shape, xa.shape[1]
-    W = workspace(q.device, x.dtype, N * (K + R)).view(N, K + R)
-    form("dequantize", q.device, q, x.dtype)(q, x.dtype, out=W[:, :K])
-    torch.mul(lora_b, scaling, out=W[:, K:])
-    return F.linear(torch.cat([x, xa.to(x.dtype)], dim=1), W, cast(bias, x.dtype))
-
-
 def matmul_grad(
     dy: Float[Tensor, "M N"],
     q: QuantizedTensor,
@@ -85,10 +59,14 @@ def project(
 
 
 def project_grad(
-    dxa: Float[Tensor, "M R"], x: Float[Tensor, "M K"], dropout: float = 0.0, seed: int | None = None
+    dxa: Float[Tensor, "M R"],
+    x: Float[Tensor, "M K"],
+    dropout: float = 0.0,
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "R K"]:
-    """(M, R), (M, K) -> (R, K): dA = dxa^T drop(x)."""
-    return dxa.to(x.dtype).T @ drop(x, dropout, seed)
+    """(M, R), (M, K) -> (R, K): dA = dxa^T drop(x), multiplied in x's dtype and rounded to `dtype` (x's)."""
+    return (dxa.to(x.dtype).T @ drop(x, dropout, seed)).to(dtype or x.dtype)
 
 
 def drop(x: Float[Tensor, "M K"], dropout: float, seed: int | None) -> Float[Tensor, "M K"]:

@@ -80,13 +80,13 @@ def table(planned_gpu: bool = False) -> tuple[Row, ...]:
 
 
 def gpu_rows() -> tuple[Row, ...]:
-    """Triton's forms. Products: few tokens and a middle range are fused, and more take the dense way below."""
+    """Triton's forms. Products: few tokens and a middle range are fused, and more decode the weight first."""
     from kernels import (
         adamw,
         adamw8,
         cross_entropy,
-        dense,
         dropout,
+        expand,
         glu,
         lion,
         matmul_few,
@@ -104,8 +104,9 @@ def gpu_rows() -> tuple[Row, ...]:
         Row("dequantize", "cuda", restore.accepts, restore.dequantize),
         Row("matmul", "cuda", matmul_few.accepts, matmul_few.matmul),
         Row("matmul", "cuda", matmul_mid.accepts, matmul_mid.matmul),
-        Row("matmul", "cuda", dense.accepts_augmented, dense.augmented_matmul),
+        Row("matmul", "cuda", expand.accepts, expand.matmul),
         Row("matmul_grad", "cuda", matmul_grad.accepts, matmul_grad.matmul_grad),
+        Row("matmul_grad", "cuda", expand.accepts, expand.matmul_grad),
         Row("project", "cuda", project.accepts, project.project),
         Row("project_grad", "cuda", project.accepts, project.project_grad),
         Row("drop", "cuda", dropout.accepts, dropout.drop),
@@ -127,7 +128,10 @@ def on_its_device(form: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(form)
     def launched(first: Any, *others: Any, **options: Any) -> Any:
-        with torch.cuda.device_of(tensor_of(first)):
+        device = tensor_of(first).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():  # to set it takes time
+            return form(first, *others, **options)
+        with torch.cuda.device(device):
             return form(first, *others, **options)
 
     return launched
@@ -145,8 +149,17 @@ def tensor_of(first: Any) -> torch.Tensor:
 def form(operator: str, device: torch.device, first: Any, second: Any = None) -> Callable[..., Any]:
     """The form of an operator for arguments that begin with `first` and `second`."""
     kind = kind_of(device)
-    return next(
-        row.form
-        for row in table(kind != device.type and kind == "cuda")
-        if row.operator == operator and row.device in (kind, "any") and row.accepts(first, second)
-    )
+    rows = table(kind != device.type and kind == "cuda")
+    return next(row.form for row in those_of(rows, operator, kind) if row.accepts(first, second))
+
+
+def those_of(rows: tuple[Row, ...], operator: str, kind: str) -> list[Row]:
+    """The rows of an operator for a type of device. Looked for once: a model asks thousands of times a step."""
+    _, found = searched.setdefault(id(rows), (rows, {}))
+    if (operator, kind) not in found:
+        found[operator, kind] = [row for row in rows if row.operator == operator and row.device in (kind, "any")]
+    return found[operator, kind]
+
+
+# By the number of a table, which stays its own as long as the table is held here.
+searched: dict[int, tuple[tuple[Row, ...], dict[tuple[str, str], list[Row]]]] = {}

@@ -6,6 +6,8 @@ a time, some ten instructions an entry, where reading a mask would take memory a
 M tokens, K inputs.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -79,6 +81,13 @@ def kept(seed, threshold, m, first, K, COLUMNS: tl.constexpr, EIGHTS: tl.constex
         word = tl.where(place < 4, tl.where(place < 2, one, two), tl.where(place < 6, three, four))
         number = tl.where(place % 2 == 0, word & 0xFFFF, word >> 16)
     return number >= threshold
+
+
+def dropping(dropout: float, seed: int | None) -> tuple[Any, ...]:
+    """A kernel's seed, threshold and factor, and whether it drops at all."""
+    if not dropout or seed is None:
+        return 0, 0, 1.0, False
+    return seed, threshold(dropout), 1 / (1 - dropout), True
 
 
 def shipped() -> list[Shipped]:

@@ -15,14 +15,17 @@ import triton.language as tl
 from jaxtyping import Int32
 from torch import Tensor
 
-from kernels.launch import INTERPRET
 from kernels.planned import PROCESSORS
 
 
-def split(tiles: int, rounds: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts a loop of `rounds` is split, so that every processor has two programs; rounds of a part."""
-    wanted = -(-2 * processors(device) // tiles)
-    length = rounds // max(min(wanted, rounds // 4), 1)  # below four rounds there is little but filling the pipeline
+def split(tiles: int, rounds: int, device: torch.device, resident: int = 2) -> tuple[int, int]:
+    """Into how many parts a loop of `rounds` is split, and rounds of a part: no more programs than run at once.
+
+    One more, and it would start when the others are done. In less than eight rounds there is little but filling the
+    pipeline: on an H200 a token times 4096 x 4096 took 11.8 us in 8 parts of 8 rounds, 12.7 in 16 of 4.
+    """
+    wanted = resident * processors(device) // tiles
+    length = -(-rounds // max(min(wanted, rounds // 8), 1))
     return -(-rounds // length), length
 
 
@@ -30,7 +33,7 @@ def split(tiles: int, rounds: int, device: torch.device) -> tuple[int, int]:
 def processors(device: torch.device) -> int:
     if device.type == "meta":
         return PROCESSORS
-    return 1 if INTERPRET else torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def arrivals(tiles: int, device: torch.device) -> Int32[Tensor, " tiles"]:
@@ -61,9 +64,11 @@ def arrive_last(acc, place, mask, partial_ptr, arrived_ptr, tile, part, parts, S
 @triton.jit
 def sum_of_parts(acc, place, mask, partial_ptr, arrived_ptr, tile, parts, SIZE: tl.constexpr):
     """All parts of a tile, in order; the tile's counter is put back to zero."""
+    # Loads that are on their way at once, as registers allow.
+    AT_ONCE: tl.constexpr = 4 if SIZE <= 2048 else 1  # pyrefly: ignore[bad-assignment]
     at = partial_ptr + tile.to(tl.int64) * parts * SIZE + place
     acc = tl.zeros_like(acc)
-    for _ in tl.range(0, parts, num_stages=1):
+    for _ in tl.range(0, parts, num_stages=1, loop_unroll_factor=AT_ONCE):
         acc += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")  # past the first cache: others wrote it
         at += SIZE
     tl.store(arrived_ptr + tile, 0)

@@ -20,6 +20,8 @@ class Launch:
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    resident: int = 2
+    """Programs that a processor of a large GPU holds at once, where a kernel splits its work by that."""
     fp_fusion: bool = True
     """Whether a * b + c may become one operation that rounds once; not where the bits are defined."""
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import chunked
 from kernels.dispatch import form
+from kernels.operator import operator
 from kernels.reference import (
     check_cross_entropy,
     check_gate,
@@ -79,9 +80,7 @@ def none_as_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 # RMSNorm
 
 
-@torch.library.custom_op(
-    "qlora::rms_norm", mutates_args=(), schema="(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)"
-)
+@operator("rms_norm", "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
 def norm_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return form("rms_norm", x.device, x, weight)(x, weight, eps)
 
@@ -107,11 +106,7 @@ def norm_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 norm_op.register_autograd(norm_backward, setup_context=norm_context)
 
 
-@torch.library.custom_op(
-    "qlora::rms_norm_grad",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool need_weight) -> (Tensor, Tensor)",
-)
+@operator("rms_norm_grad", "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool need_weight) -> (Tensor, Tensor)")
 def norm_grad_op(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_weight: bool) -> tuple[Tensor, Tensor]:
     dx, dweight = form("rms_norm_grad", x.device, x, weight)(dy, x, weight, rstd, need_weight)
     return dx, none_as_empty(dweight, weight)
@@ -125,9 +120,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, need_weight: bool) ->
 # Rotary positions
 
 
-@torch.library.custom_op(
-    "qlora::rotate", mutates_args=(), schema="(Tensor x, Tensor cos, Tensor sin, bool backwards) -> Tensor"
-)
+@operator("rotate", "(Tensor x, Tensor cos, Tensor sin, bool backwards) -> Tensor")
 def rotate_op(x: Tensor, cos: Tensor, sin: Tensor, backwards: bool) -> Tensor:
     return form("rotate", x.device, x, cos)(side_by_side(x), cos, sin, backwards)
 
@@ -158,7 +151,7 @@ rotate_op.register_autograd(rotate_backward, setup_context=rotate_context)
 # SwiGLU
 
 
-@torch.library.custom_op("qlora::swiglu", mutates_args=(), schema="(Tensor gate, Tensor up) -> Tensor")
+@operator("swiglu", "(Tensor gate, Tensor up) -> Tensor")
 def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
     return form("swiglu", gate.device, gate, up)(gate, up)
 
@@ -180,9 +173,7 @@ def swiglu_backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
 swiglu_op.register_autograd(swiglu_backward, setup_context=swiglu_context)
 
 
-@torch.library.custom_op(
-    "qlora::swiglu_grad", mutates_args=(), schema="(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)"
-)
+@operator("swiglu_grad", "(Tensor dy, Tensor gate, Tensor up) -> (Tensor, Tensor)")
 def swiglu_grad_op(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return form("swiglu_grad", gate.device, gate, up)(dy, gate, up)
 
@@ -195,10 +186,9 @@ def _(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 # Cross-entropy of a linear layer's logits
 
 
-@torch.library.custom_op(
-    "qlora::linear_cross_entropy",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool need_hidden, bool need_weight) "
+@operator(
+    "linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool need_hidden, bool need_weight) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def cross_entropy_op(

@@ -1,6 +1,6 @@
 """The products as operators that torch knows: with gradients, and opaque to `torch.compile`, which sees only shapes.
 
-A custom operator takes plain tensors and numbers, so a stored weight comes as its parts. What is saved for backward
+Such an operator takes plain tensors and numbers, so a stored weight comes as its parts. What is saved for backward
 is stored anyway (codes, scales, x, the adapter) or small (xa = drop(x) A^T, M x R); never W, and of dropout only
 the seed, from which the mask is drawn again.
 M tokens, N outputs, K inputs, R rank.
@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import form
+from kernels.operator import operator
 from nf4 import QuantConfig, QuantizedTensor
 from nf4.blockwise import check_sizes
 
@@ -71,7 +73,7 @@ def product(x: Tensor, q: QuantizedTensor, *others: Any) -> Tensor:
 # dequantize
 
 
-@torch.library.custom_op("qlora::dequantize", mutates_args=(), schema=f"({Q}, ScalarType dtype) -> Tensor")
+@operator("dequantize", f"({Q}, ScalarType dtype) -> Tensor")
 def dequantize(*arguments: Any) -> Tensor:
     *stored, dtype = arguments
     q = whole(dtype, stored)
@@ -87,7 +89,7 @@ def _(*arguments: Any) -> Tensor:
 # x W^T + bias
 
 
-@torch.library.custom_op("qlora::nf4_linear", mutates_args=(), schema=f"(Tensor x, Tensor? bias, {Q}) -> Tensor")
+@operator("nf4_linear", f"(Tensor x, Tensor? bias, {Q}) -> Tensor")
 def linear(x: Tensor, bias: Tensor | None, *stored: Any) -> Tensor:
     q = whole(x.dtype, stored)
     return product(x, q, bias)
@@ -112,6 +114,7 @@ def linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     keep_stored(ctx, inputs[2:])
 
 
+@once_differentiable
 def linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     stored, _ = saved_stored(ctx)
     need_x, need_bias, *_ = ctx.needs_input_grad
@@ -122,7 +125,7 @@ def linear_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 linear.register_autograd(linear_backward, setup_context=linear_context)
 
 
-@torch.library.custom_op("qlora::nf4_linear_grad", mutates_args=(), schema=f"(Tensor dy, {Q}) -> Tensor")
+@operator("nf4_linear_grad", f"(Tensor dy, {Q}) -> Tensor")
 def linear_grad(dy: Tensor, *stored: Any) -> Tensor:
     q = whole(dy.dtype, stored)
     return form("matmul_grad", dy.device, dy, q)(dy, q)
@@ -136,10 +139,9 @@ def _(dy: Tensor, *stored: Any) -> Tensor:
 # x W^T + bias + scaling (drop(x) A^T) B^T
 
 
-@torch.library.custom_op(
-    "qlora::nf4_lora_linear",
-    mutates_args=(),
-    schema=f"(Tensor x, Tensor a, Tensor b, float scaling, Tensor? bias, float dropout, Tensor? seed, {Q}) "
+@operator(
+    "nf4_lora_linear",
+    f"(Tensor x, Tensor a, Tensor b, float scaling, Tensor? bias, float dropout, Tensor? seed, {Q}) "
     "-> (Tensor, Tensor)",
 )
 def lora_linear(
@@ -178,6 +180,7 @@ def lora_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     keep_stored(ctx, stored, x if ctx.needs_input_grad[1] else None, a, b, seed, output[1])
 
 
+@once_differentiable
 def lora_backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     stored, (x, a, b, seed, xa) = saved_stored(ctx)
     need_x, need_a, need_b, _, need_bias, *_ = ctx.needs_input_grad
@@ -186,14 +189,14 @@ def lora_backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, .
         assert a is not None
         assert b is not None
         assert xa is not None
-        dxa = dy @ (b * ctx.scaling).to(dy.dtype)  # (M, R)
+        dxa = dy @ torch.mul(b, ctx.scaling, out=torch.empty_like(b, dtype=dy.dtype))  # (M, R)
         if need_x:
             dx = lora_linear_grad(dy, dxa, a, ctx.dropout, seed, *stored)
         if need_a:
             assert x is not None
-            da = project_grad(dxa, x, ctx.dropout, seed).to(a.dtype)
+            da = project_grad(dxa, x, ctx.dropout, seed, a.dtype)
         if need_b:
-            db = (dy.T @ xa).to(b.dtype) * ctx.scaling
+            db = (dy.T @ xa).to(b.dtype, copy=True).mul_(ctx.scaling)
         if need_bias:
             dbias = dy.sum(0)
     return (dx, da, db, None, dbias, None, None, *[None] * len(stored))
@@ -202,11 +205,7 @@ def lora_backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, .
 lora_linear.register_autograd(lora_backward, setup_context=lora_context)
 
 
-@torch.library.custom_op(
-    "qlora::nf4_lora_linear_grad",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor dxa, Tensor a, float dropout, Tensor? seed, {Q}) -> Tensor",
-)
+@operator("nf4_lora_linear_grad", f"(Tensor dy, Tensor dxa, Tensor a, float dropout, Tensor? seed, {Q}) -> Tensor")
 def lora_linear_grad(dy: Tensor, dxa: Tensor, a: Tensor, dropout: float, seed: Tensor | None, *stored: Any) -> Tensor:
     q = whole(dy.dtype, stored)
     return form("matmul_grad", dy.device, dy, q)(dy, q, dxa, a, dropout, number(seed))
@@ -217,16 +216,14 @@ def _(dy: Tensor, dxa: Tensor, a: Tensor, dropout: float, seed: Tensor | None, *
     return dy.new_empty(dy.shape[0], stored[5][1])
 
 
-@torch.library.custom_op(
-    "qlora::project_grad", mutates_args=(), schema="(Tensor dxa, Tensor x, float dropout, Tensor? seed) -> Tensor"
-)
-def project_grad(dxa: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    return form("project_grad", x.device, dxa, x)(dxa, x, dropout, number(seed))
+@operator("project_grad", "(Tensor dxa, Tensor x, float dropout, Tensor? seed, ScalarType dtype) -> Tensor")
+def project_grad(dxa: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return form("project_grad", x.device, dxa, x)(dxa, x, dropout, number(seed), dtype)
 
 
 @project_grad.register_fake
-def _(dxa: Tensor, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    return x.new_empty(dxa.shape[1], x.shape[1])
+def _(dxa: Tensor, x: Tensor, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(dxa.shape[1], x.shape[1], dtype=dtype)
 
 
 def number(seed: Tensor | None) -> int | None:

@@ -39,7 +39,7 @@ def launch_product(
     fixed = constants(q.config, x.dtype, scaled)
     block_m, block_n = launch.constants["BLOCK_M"], launch.constants["BLOCK_N"]
     across, down = -(-M // block_m), -(-N // block_n)
-    parts, rounds = split(across * down, K // fixed["GROUP"], x.device)
+    parts, rounds = split(across * down, K // fixed["GROUP"], x.device, launch.resident)
     partial, arrived = y, y  # not used in a single part
     if parts > 1:
         partial = torch.empty(across * down * parts * block_m * block_n, dtype=torch.float32, device=x.device)

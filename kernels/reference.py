@@ -102,10 +102,14 @@ def project(
 
 
 def project_grad(
-    dxa: Float[Tensor, "M R"], x: Float[Tensor, "M K"], dropout: float = 0.0, seed: int | None = None
+    dxa: Float[Tensor, "M R"],
+    x: Float[Tensor, "M K"],
+    dropout: float = 0.0,
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "R K"]:
-    """(M, R), (M, K) -> (R, K): dA = dxa^T drop(x)."""
-    return dxa.to(x.dtype).T @ drop(x, dropout, seed)
+    """(M, R), (M, K) -> (R, K): dA = dxa^T drop(x), multiplied in x's dtype and rounded to `dtype` (x's)."""
+    return (dxa.to(x.dtype).T @ drop(x, dropout, seed)).to(dtype or x.dtype)
 
 
 # Dropout

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kernels.operator import operator
+
 CHUNK_ROWS = 1024  # rows made dense at a time; large enough for a product, small beside the weight
 # The float32 product W Aᵀ is good to about 1e-6 of the terms: below this share of them, a row's square is better
 # computed from the row itself, and above it the length is good to 1e-4.
@@ -43,9 +45,7 @@ def ratio(magnitude: Float[Tensor, " N"], length: Float[Tensor, " N"]) -> Float[
 
 # One factor a column, in float32, of which backward keeps no copy as large as the product. An operator, so that
 # a compiled graph keeps none either.
-@torch.library.custom_op(
-    "qlora::rescale", mutates_args=(), schema="(Tensor product, Tensor factor, Tensor? bias) -> Tensor"
-)
+@operator("rescale", "(Tensor product, Tensor factor, Tensor? bias) -> Tensor")
 def rescale(product: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     y = product * factor
     return (y if bias is None else y + bias).to(product.dtype)

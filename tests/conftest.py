@@ -20,9 +20,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so before any of them is imported
 
 import tests.interpreter
+import tests.on_gpu
 import tests.typecheck
 
-tests.interpreter.mend()
+(tests.on_gpu if torch.cuda.is_available() else tests.interpreter).mend()
 if os.environ.get("QLORA_TEST_SHAPES") != "unchecked":  # torch.compile cannot trace the check: see compiled.py
     install_import_hook(["nf4", "kernels", "models", "eval", "train"], "tests.typecheck.check")
 

@@ -154,7 +154,11 @@ def test_a_product_that_errs_too_much_is_told():
     assert not row["right"]
     assert correctness.close("product", expected + 1e-3, expected + 1e-3, expected)["right"]
     told = correctness.failures([row | {"shape": [1, 2, 3], "dtype": "float16", "codebook": "nf4"}])
-    assert told == ["product [1, 2, 3] float16 nf4 errs by 0.003, allowed 0.002"]
+    assert told == ["product [1, 2, 3] float16 nf4 errs by 0.003, allowed 0.002; at worst by 0.003, allowed 0.003"]
+    expected, torchs = torch.ones(1000).double(), torch.ones(1000).double() + 1e-3
+    one_wrong = torchs.clone()
+    one_wrong[3] += 4e-3
+    assert not correctness.close("product", one_wrong, torchs, expected)["right"]  # though not by much in all
     assert not correctness.close("product", expected * torch.nan, expected, expected)["right"]
 
 
@@ -240,7 +244,7 @@ def test_the_script_for_a_lent_gpu_writes_a_file_for_each_part(tmp_path, monkeyp
     monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
     monkeypatch.setattr(memory, "measured_apart", lambda setting: {"optimizer": setting.optimizer})
     assert device_run.main(["--out", str(tmp_path / "r"), "--device", "cpu", "--quick", "--commit", "abc"]) == 0
-    for name in ("correctness", "kernels", "updates", "training", "memory", "planner"):
+    for name in ("correctness", "kernels", "updates", "training", "memory", "planner", "sharing"):
         found = json.loads((tmp_path / "r" / f"{name}.json").read_text())
         assert found.keys() >= PROVENANCE
         assert (found["benchmark"], found["commit"], found["failures"]) == (name, "abc", [])
@@ -258,6 +262,29 @@ def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
     assert device_run.main(["--out", str(tmp_path), "--device", "cpu", "--quick"]) == 1
     assert "no such kernel" in json.loads((tmp_path / "kernels.json").read_text())["failures"][0]
     assert json.loads((tmp_path / "training.json").read_text())["rows"]
+
+
+def test_some_parts_can_be_asked_for_by_name(tmp_path, capsys):
+    arguments = ["--out", str(tmp_path / "some"), "--device", "cpu", "--quick", "--only"]
+    assert device_run.main([*arguments, "updates", "correctness"]) == 0
+    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == ["correctness.json", "updates.json"]
+    with pytest.raises(SystemExit):
+        device_run.main([*arguments, "update"])
+    assert "and 'update' is none of them" in capsys.readouterr().err
+
+
+def test_a_contestant_that_fails_is_told_of_and_the_others_are_timed():
+    def broken(i):
+        raise RuntimeError("no kernel image\nis available")
+
+    case = kernels.Case("matmul M=1", {"ours": lambda i: torch.ones(1), "bitsandbytes": broken})
+    row = kernels.timed(case, 2, 1, gpu=False) | {"shape": [4, 8]}
+    assert row["ours_ms"] > 0
+    assert "vs_bitsandbytes" not in row
+    assert kernels.failures([row]) == ["matmul M=1 [4, 8]: bitsandbytes: RuntimeError: no kernel image"]
+    without_us = kernels.timed(kernels.Case("matmul M=1", {"ours": broken, "dense": lambda i: None}), 1, 1, gpu=False)
+    assert "seconds" not in without_us
+    assert without_us["dense_ms"] > 0
 
 
 def test_a_commit_is_of_this_tree():

@@ -75,7 +75,7 @@ def test_the_branch_is_added_thinned_whatever_the_rank(R, dropout, adapter):
 def test_a_sum_in_parts_is_the_same_sum(parts, N, monkeypatch):
     arguments = (17, N, 64, QuantConfig(), torch.float16, 4, 0.25)
     whole = check(*arguments)
-    monkeypatch.setattr(matmul_grad, "split", lambda tiles, rounds, device: (parts, -(-rounds // parts)))
+    monkeypatch.setattr(matmul_grad, "split", lambda tiles, rounds, *_: (parts, -(-rounds // parts)))
     split = check(*arguments)
     torch.testing.assert_close(split, whole, rtol=2e-3, atol=2e-3)
     assert torch.equal(split, check(*arguments))
@@ -161,7 +161,7 @@ def test_dy_need_not_be_contiguous():
 def test_any_shape_any_storage_any_mask_in_any_parts(dtype, sizes, config, R, dropout, seed, parts):
     M, rows, groups = sizes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matmul_grad, "split", lambda tiles, rounds, device: (parts, -(-rounds // parts)))
+        patch.setattr(matmul_grad, "split", lambda tiles, rounds, *_: (parts, -(-rounds // parts)))
         check(M, 16 * rows, 64 * groups, config, dtype, R, dropout, seed)
 
 
@@ -170,7 +170,7 @@ def test_it_accepts_16_bits_on_whole_words_with_rows_of_32_bytes():
         return torch.zeros(tokens, N, dtype=dtype)
 
     q = weight(32, 64, QuantConfig())
-    assert [matmul_grad.accepts(dy(tokens), q) for tokens in (0, 1, 256, 257)] == [True, True, True, False]
+    assert [matmul_grad.accepts(dy(tokens), q) for tokens in (0, 1, 64, 65)] == [True, True, True, False]
     assert matmul_grad.accepts(dy(4, dtype=torch.float16), q)
     assert not matmul_grad.accepts(dy(4, dtype=torch.float32), q)
     assert not matmul_grad.accepts(dy(4, 24), weight(24, 64, QuantConfig()))

@@ -16,9 +16,12 @@ from kernels import adamw, adamw8, cpu_build, cpu_updates, dispatch, dynamic_buc
 from kernels.updates import STATE_BLOCK, AdamWNumbers, LionNumbers
 from nf4 import dequantize_dynamic, dynamic_map, quantize_dynamic
 from tests.judge import errs_at_most_twice
+from tests.on_gpu import over_lists
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TRITON = SimpleNamespace(adamw=adamw.adamw, adamw_8bit=adamw8.adamw_8bit, lion=lion.lion)
+TRITON = SimpleNamespace(
+    adamw=over_lists(adamw.adamw), adamw_8bit=over_lists(adamw8.adamw_8bit), lion=over_lists(lion.lion)
+)
 FORMS: Any = {"definition": updates, "c": cpu_updates, "triton": TRITON}
 OPERATORS = ("adamw", "adamw_8bit", "lion")
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -419,13 +422,13 @@ def test_a_gpus_forms_take_lists(operator):
     ours, theirs = (Case(operator, normals([300])) for _ in range(2))
     assert row.accepts(ours.params, ours.params)
     grads, numbers = normals([300], seed=1), [numbers_for(operator)]
-    row.form(ours.params, grads, *ours.states, numbers)
+    over_lists(row.form)(ours.params, grads, *ours.states, numbers)
     assert_same(ours, theirs.step("definition", grads, numbers))
     row.form([], [], *([] for _ in ours.states), [])  # nothing is on no device
 
 
 def short(p, g, m):
-    return [p], [g[:-1]], [m], "grads[0] must be 8 contiguous elements of torch.float32 on cpu, not 7"
+    return [p], [g[:-1]], [m], "grads[0] must be 8 contiguous elements of torch.float32 on"
 
 
 def strided(p, g, m):
@@ -437,7 +440,7 @@ def half_state(p, g, m):
 
 
 def elsewhere(p, g, m):
-    return [p], [g.to("meta")], [m], "on cpu, not 8 contiguous ones of torch.float32 on meta"
+    return [p], [g.to("meta")], [m], "not 8 contiguous ones of torch.float32 on meta"
 
 
 def on_two_devices(p, g, m):

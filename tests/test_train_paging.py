@@ -6,7 +6,7 @@ prefetch shows as wrong numbers; each test ends with its leaks and misused memor
 
 import gc
 import pickle
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ from train.paged import (
     fused,
 )
 from train.paged.cudart import CPU
+from train.paged.pager import PAGE, in_pages
 
 PAIRS = [(PagedAdamW, AdamW), (PagedAdamW8bit, AdamW8bit), (Lion, Lion)]
 every_pair = pytest.mark.parametrize(("cls", "unpaged"), PAIRS)
@@ -458,3 +459,25 @@ def test_whatever_is_done_nothing_leaks_is_freed_twice_or_read_when_freed(operat
         held.clear()
         optimizer = other = None
         gc.collect()
+
+
+@given(
+    slots=st.lists(st.integers(1, 3 * PAGE), min_size=1, max_size=5),
+    windows=st.integers(1, 6),
+    data=st.data(),
+)
+def test_windows_share_no_page_and_leave_none_out(slots, windows, data):
+    offsets = [0, *accumulate(slots)]
+    cuts = [sorted(data.draw(st.lists(st.integers(0, n), min_size=windows - 1, max_size=windows - 1))) for n in slots]
+    edges = [
+        [offset, *(offset + cut for cut in own), offset + n]
+        for offset, own, n in zip(offsets, cuts, slots, strict=False)
+    ]
+    ranges = [[(own[w], own[w + 1]) for own in edges] for w in range(windows)]
+    moved = in_pages(ranges, offsets[-1])
+    pages = [page for window in moved for start, stop in window for page in range(start // PAGE, -(-stop // PAGE))]
+    assert sorted(pages) == list(range(-(-offsets[-1] // PAGE)))
+    come: set[int] = set()
+    for window, there in zip(ranges, moved, strict=True):
+        come |= {page for start, stop in there for page in range(start // PAGE, -(-stop // PAGE))}
+        assert come >= {at // PAGE for start, stop in window if start < stop for at in (start, stop - 1)}

@@ -18,13 +18,14 @@ from train.paged.cudart import CPU, Advice, CudaError
 log = logging.getLogger(__name__)
 
 ByteRanges = Sequence[tuple[int, int]]
+PAGE = 4096  # bytes
 
 
 class Pager:
     """Moves the windows of one arena between the device and the CPU."""
 
     def __init__(self, arena: Arena, windows: Sequence[ByteRanges]) -> None:
-        self.arena, self.windows = arena, windows
+        self.arena, self.windows = arena, in_pages(windows, arena.nbytes)
         self.device = arena.device.index or 0
         self.side = torch.cuda.Stream(arena.device) if arena.device.type == "cuda" else None
         self.told = False
@@ -73,8 +74,7 @@ class Pager:
         stream = self.side.cuda_stream if self.side else 0
         try:
             for start, stop in ranges:
-                if start < stop:
-                    self.arena.prefetch(start, stop, location, stream)
+                self.arena.prefetch(start, stop, location, stream)
         except CudaError as error:
             self.tell(error)
 
@@ -87,6 +87,30 @@ class Pager:
     def tell(self, error: CudaError) -> None:
         if not self.told:
             log.warning(
-                "optimizer states are paged without hints from here on, more slowly but as correctly: %s", error
+                "optimizer states are paged without hints from here on, more slowly but as correctly: %s",
+                str(error),  # whoever keeps the record would keep the error's frames, and the states in them
             )
         self.told = True
+
+
+def in_pages(windows: Sequence[ByteRanges], nbytes: int) -> list[ByteRanges]:
+    """Ranges of whole pages, each page in the first window that has some of it.
+
+    On an H200 (CUDA 13.0) a prefetch was lost that began on a page which another had brought, and ended within the
+    allocation: so ranges share none.
+    """
+    taken: set[int] = set()  # at the edges of ranges: elsewhere they share nothing
+    cut: list[ByteRanges] = []
+    for ranges in windows:
+        own: list[tuple[int, int]] = []
+        for start, stop in ranges:
+            pages = range(start // PAGE, -(-stop // PAGE)) if start < stop else range(0)
+            if pages and pages[0] in taken:
+                pages = pages[1:]
+            if pages and pages[-1] in taken:
+                pages = pages[:-1]
+            if pages:
+                taken |= {pages[0], pages[-1]}
+                own.append((pages[0] * PAGE, min((pages[-1] + 1) * PAGE, nbytes)))
+        cut.append(own)
+    return cut

@@ -36,7 +36,7 @@ def measured_peak(job: Job, device: str = "cpu", tries: int = 1) -> int:
 
 def peak_of_tensors(job: Job, device: torch.device, tries: int) -> int:
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        gc.collect()  # what earlier steps left in cycles would otherwise go in the middle of this one
         before = torch.cuda.memory_allocated(device)
         stepper = prepared(job, device)
         torch.cuda.reset_peak_memory_stats(device)
