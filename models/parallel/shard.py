@@ -7,6 +7,8 @@ parameters, and shared as they are; adapters lie in the unit of their block. The
 are buffers, whole on every process.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +54,8 @@ def shard(model: Model, device: torch.device, config: ShardConfig = ShardConfig(
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     parts = [*units(model), model]
     for unit in parts:
-        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        with parameters_frozen_at_first():
+            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
         for name in getattr(unit, "entries", ()):
             register_fsdp_forward_method(unit, name)
         assert isinstance(unit, FSDPModule)
@@ -60,6 +63,22 @@ def shard(model: Model, device: torch.device, config: ShardConfig = ShardConfig(
         unit.set_gradient_divide_factor(1.0)
     if not any(parameter.is_meta for parameter in model.parameters()):
         put_together_once(model)
+
+
+@contextmanager
+def parameters_frozen_at_first() -> Iterator[None]:
+    """While entered, `nn.Parameter(data)` is one without a gradient unless it is told otherwise.
+
+    FSDP2 of torch 2.11 makes its parameters with one, which codes cannot have, and corrects that in its next line.
+    """
+    new = nn.Parameter.__new__
+    before = new.__defaults__
+    assert before == (None, True), "nn.Parameter(data=None, requires_grad=True) is what is to be changed"
+    new.__defaults__ = (None, False)
+    try:
+        yield
+    finally:
+        new.__defaults__ = before
 
 
 def units(model: nn.Module) -> list[nn.Module]:
