@@ -5,7 +5,7 @@ from pathlib import Path
 
 from models.errors import WriteError
 
-TEMPORARY = ".*.tmp"  # what a writer that was killed in the middle leaves
+TEMPORARY = (".*.tmp", ".tmp??????")  # what writers that were killed in the middle leave: ours, and safetensors'
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -31,10 +31,16 @@ settings.register_profile("qlora", deadline=None, derandomize=True, suppress_hea
 settings.load_profile("qlora")
 
 
-@pytest.fixture(autouse=True)
-def threads(request):
+@pytest.fixture(autouse=True, scope="module")
+def threads_of_fixtures(request):
     """Small models are fastest on one thread; kernels are tested on two, among which they share their work."""
-    torch.set_num_threads(2 if request.node.path.name.startswith("test_kernels_") else 1)
+    torch.set_num_threads(2 if request.path.name.startswith("test_kernels_") else 1)
+
+
+@pytest.fixture(autouse=True)
+def threads(request, threads_of_fixtures):
+    """The same for each test, whatever the one before has set."""
+    torch.set_num_threads(2 if request.path.name.startswith("test_kernels_") else 1)
 
 
 @pytest.fixture(params=[12080, 13000])  # one of each signature

@@ -26,14 +26,14 @@ def ours():
 
 
 def test_the_peer_gives_the_loss_and_the_gradients_that_we_give(ours, peer):
-    assert ours.parameters.keys() == peer.parameters.keys()
+    assert ours.passes.moved.keys() == peer.passes.moved.keys()
     losses = [step.loss() for step in (ours, peer)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-3)
     for loss in losses:
         loss.backward()
-    for name, parameter in ours.parameters.items():
-        theirs = peer.parameters[name].grad
-        assert torch.equal(parameter, peer.parameters[name])
+    for name, parameter in ours.passes.moved.items():
+        theirs = peer.passes.moved[name].grad
+        assert torch.equal(parameter, peer.passes.moved[name])
         assert (parameter.grad - theirs).norm() < 0.03 * theirs.norm(), name
         assert theirs.norm() > 0
     for step in (ours, peer):

@@ -140,6 +140,15 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(folder, kille
         shutil.rmtree(out)
 
 
+def test_what_killed_writers_have_left_is_removed(killer, whole):
+    run, _ = whole("adamw")
+    left = [run / ".STATUS.12.tmp", run / "adapter" / ".tmpAbC123", run / "adapter" / ".adapter_model.partial"]
+    for path in left:
+        path.touch()
+    assert killer.run("resume", run)["code"] == 0
+    assert not any(path.exists() for path in left)
+
+
 @pytest.mark.parametrize("more", [("--data.pack", "--data.max-len", "96"), ("--no-adapters", "--no-quantize")])
 def test_packed_rows_and_every_weight_go_on_alike(folder, killer, command, more):
     whole, out = folder / f"whole{more[0]}", folder / "killed"

@@ -121,7 +121,7 @@ def remove_leftovers(run: Run) -> None:
     if not world.is_main():
         return
     for folder in (run.directory, *(run.directory / name for name in ("data", "eval", "adapter"))):
-        for pattern in (TEMPORARY, ".*.partial"):
+        for pattern in (*TEMPORARY, ".*.partial"):
             for path in folder.glob(pattern):
                 path.unlink()
     for path in run.directory.glob(".model.partial-*"):

@@ -332,13 +332,13 @@ def clear(directory: Path) -> None:
             shutil.rmtree(folder)
     for name in FILES:
         (directory / name).unlink(missing_ok=True)
-    for path in directory.glob(TEMPORARY):
+    for path in (path for pattern in TEMPORARY for path in directory.glob(pattern)):
         path.unlink()
 
 
 def leftover(path: Path) -> bool:
     """Whether a file is what a killed writer leaves, or the lock."""
-    return path.name == LOCK or path.match(TEMPORARY)
+    return path.name == LOCK or any(map(path.match, TEMPORARY))
 
 
 def json_line(record: dict[str, Any]) -> str:
