@@ -226,17 +226,7 @@ def shared(names: list[str], size: int, others: bool = False) -> dict[str, Any]:
         shard(model, device)
         results["perplexity"] = perplexity(model, TEXT, window=8).perplexity
         results["packed"] = packed_loss(model)
-        narrow = made(replace(CASES["llama"], dtype=torch.bfloat16))
-        shard(narrow, device, ShardConfig(mixed_precision=True))
-        narrow.loss(**batch(narrow, range(7))).backward()
-        results["narrow"] = {
-            "buffers": {buffer.dtype for buffer in narrow.buffers()},
-            "gradients": {p.grad.dtype for p in trained_parameters(narrow).values() if p.grad is not None},
-            "base": {p.dtype for name, p in narrow.named_parameters() if name.endswith("q_proj.weight")},
-            "sums": {
-                name: shares.collected(p.grad) for name, p in trained_parameters(narrow).items() if p.grad is not None
-            },
-        }
+        results["narrow"] = in_mixed_precision(device)
         lengths = made(replace(CASES["llama with biases and DoRA"], dtype=torch.bfloat16))
         with pytest.raises(models.ConfigError, match="would round DoRA's lengths"):
             shard(lengths, device, ShardConfig(mixed_precision=True))
@@ -253,6 +243,23 @@ def packed_loss(model: models.Model) -> float:
     ids = torch.arange(3, 15)[None]
     mask = torch.tensor([[1] * 5 + [2] * 5 + [0] * 2])
     return model.loss(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).item()
+
+
+def in_mixed_precision(device: torch.device) -> dict[str, Any]:
+    """What a model in bfloat16 has after a pass; nothing but the refusal where torch would cast codes as well."""
+    model = made(replace(CASES["llama"], dtype=torch.bfloat16))
+    try:
+        shard(model, device, ShardConfig(mixed_precision=True))
+    except models.ConfigError as error:
+        return {"refused": str(error)}
+    model.loss(**batch(model, range(7))).backward()
+    gradients = {name: p.grad for name, p in trained_parameters(model).items() if p.grad is not None}
+    return {
+        "buffers": {buffer.dtype for buffer in model.buffers()},
+        "gradients": {gradient.dtype for gradient in gradients.values()},
+        "base": {p.dtype for name, p in model.named_parameters() if name.endswith("q_proj.weight")},
+        "sums": {name: shares.collected(gradient) for name, gradient in gradients.items()},
+    }
 
 
 def check(results: list[dict[str, Any]], name: str) -> None:
@@ -306,6 +313,9 @@ def test_a_forward_pass_keeps_references_to_codes_whose_memory_is_let_go_of(two)
 
 
 def test_in_mixed_precision_codes_and_scales_are_left_alone_and_gradients_summed_in_float32(two):
+    if torch.__version__ < "2.13":
+        assert all("of the codes in" in each["narrow"].get("refused", "of the codes in") for each in two)
+        pytest.skip("torch 2.11 casts codes as well, and is refused")
     alone = made(replace(CASES["llama"], dtype=torch.bfloat16))
     alone.loss(**batch(alone, range(7))).backward()
     for each in two:

@@ -93,8 +93,16 @@ def put_together_once(model: nn.Module) -> None:
     Made in the first evaluation, under torch.inference_mode, they could never be trained with.
     """
     for module in shares.engaged(model):
+        codes = {name: p.dtype for name, p in module.named_parameters() if not p.is_floating_point()}
         module.unshard()
+        sent = {name: module.get_parameter(name).dtype for name in codes}
         module.reshard()
+        if sent != codes:  # as torch 2.11 does, and nothing would complain: it would be another model
+            wrong = next(name for name in codes if sent[name] != codes[name])
+            raise ConfigError(
+                f"fsdp.mixed_precision: torch {torch.__version__} makes {sent[wrong]} of the codes in {wrong} as well; "
+                "leave it out, or install torch 2.13"
+            )
 
 
 def refuse_narrow_lengths(model: Model) -> None:
