@@ -8,6 +8,7 @@ from models import LoraConfig
 from models.errors import ConfigError
 from train.config import parse, read_config, to_toml
 from train.optimizer import OptimizerConfig
+from train.preparation import prepare
 from train.recipe import RunConfig
 
 BASE = ["--model", "m", "--data.path", "d.jsonl", "--max-steps", "5"]
@@ -79,3 +80,9 @@ def test_every_flag_has_a_help_text(capsys):
         "The update rule",
     ):
         assert said in out
+
+
+def test_several_processes_are_not_promised_where_one_prepares(tmp_path):
+    with pytest.raises(ConfigError, match="nproc is 2, but this is one process"):
+        prepare(parse(RunConfig, [*BASE, "--nproc", "2", "--out", str(tmp_path / "run")]))
+    assert not (tmp_path / "run").exists()

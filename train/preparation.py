@@ -138,6 +138,11 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
 
     A run that is there already is gone on with: nothing in it is written anew.
     """
+    if config.nproc > 1 and world.size() == 1:
+        raise ConfigError(
+            f"nproc is {config.nproc}, but this is one process, and stays it; `qlora train --nproc {config.nproc}` or "
+            "torchrun starts several"
+        )
     if config.tensorboard:
         check_installed()
     device = pick_device(config.device)
