@@ -402,7 +402,7 @@ OPERATIONS = (
 )
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(operations=st.lists(st.sampled_from(OPERATIONS), max_size=25), cls=st.sampled_from([c for c, _ in PAIRS]))
 def test_whatever_is_done_nothing_leaks_is_freed_twice_or_read_when_freed(operations, cls):
     """An unpaged optimizer goes the same way, and both stay equal."""
