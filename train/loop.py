@@ -156,7 +156,7 @@ def train(
     """
     started = time.perf_counter()
     main = world.is_main()
-    with run, room(run), ExitStack() as stack:
+    with run, world.doing("the training"), room(run), ExitStack() as stack:
         passes = passes_of(model)
         total = total_steps(config, batches)
         optimizer = stack.enter_context(

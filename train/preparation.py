@@ -96,7 +96,7 @@ class Finetuning:
         start = begin.state.step if begin else 0
         board = tensorboard(self.run, start, on=config.tensorboard and world.is_main())
         told, advice = world.last_words(self.run.tell_of), advised(config, self.data.manifest["longest"])
-        with self.run, told, room(self.run), advice, board:
+        with self.run, told, world.doing("the training"), room(self.run), advice, board:
             result = train(
                 self.model,
                 batches,
@@ -157,7 +157,8 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     config = replace(config, distributed=choose(config, data.manifest["longest"], device))  # and a resumed run keeps it
     asked = examination(config.mmlu, tokenizer, base)
     opened = run or create(config, data, tokenizer, device)
-    with opened, world.last_words(opened.tell_of), advised(config, data.manifest["longest"]):
+    told, advice = world.last_words(opened.tell_of), advised(config, data.manifest["longest"])
+    with opened, told, world.doing("the loading of the model"), advice:
         seed_everything(config.seed)
         model = trainable_model(config, planned.labels, device)
         model.gradient_checkpointing = config.gradient_checkpointing
