@@ -2,9 +2,10 @@
 
 Each block is a unit: its weights are put together before it runs and let go of after it, so that a process never has
 more than a few blocks whole. What is left, the embedding with the last norm and the head (which may be the embedding
-itself), is the root's, which stays whole from the beginning of forward to the end of backward. Codes are uint8
-parameters, and shared as they are; adapters lie in the unit of their block. The float32 values of second-level scales
-are buffers, whole on every process.
+itself), is the root's, which stays whole from the beginning of forward to the end of backward. (Where one of a model's
+entries calls another, as the loss of T5 and RoBERTa does, torch lets go of it after forward and gathers it once more.)
+Codes are uint8 parameters, and shared as they are; adapters lie in the unit of their block. The float32 values of
+second-level scales are buffers, whole on every process.
 """
 
 from collections.abc import Iterator
