@@ -1,8 +1,9 @@
 """`qlora bench NAME`: measurements side by side in one run, each held against its target.
 
 A benchmark is a row of `BENCHMARKS`: a function that measures, prints its table, and returns its part of the
-result. What every result carries besides (machine, versions, commit, date) is added here. A benchmark that finds
-something wrong, not merely slow, lists it under "failures" and the verb ends with exit code 1.
+result, or the module that has it under the name `bench`. What every result carries besides (machine, versions,
+commit, date) is added here. A benchmark that finds something wrong, not merely slow, lists it under "failures" and
+the verb ends with exit code 1.
 """
 
 import difflib
@@ -20,7 +21,7 @@ from tyro.conf import Positional
 
 import kernels
 from benchmarks.provenance import provenance
-from benchmarks.targets import verdicts
+from benchmarks.tables import show, show_verdicts
 from models.device import pick_device
 from models.errors import ConfigError
 
@@ -48,6 +49,16 @@ class BenchOptions:
     """kernels: search for a better table of launches instead, and print it."""
     profile: bool = False
     """training: say where the time of one step goes instead."""
+    model: str | None = None
+    """Of what measures a model's quality: the checkpoint; by default the demo's SmolLM2-135M."""
+    data: tuple[str, ...] = ()
+    """Likewise: what it is measured on, as NAME=PATH."""
+    limit: int | None = None
+    """Likewise: only so many windows or questions of each."""
+    seeds: int = 3
+    """Of what trains: runs of each kind, over which means and 95 % intervals are taken."""
+    work: str | None = None
+    """Of what trains: where its runs are kept, so that what is done is not done again."""
     out: str | None = None
     """Write the result as JSON to this file too."""
     json: bool = False
@@ -60,16 +71,21 @@ class BenchOptions:
             raise ValueError(f"name must be one of {', '.join(BENCHMARKS)}, not {self.name!r}{hint}")
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; a median needs at least 1")
-        for flag, owner in (("sizes", "kernels"), ("aot", "kernels"), ("tune", "kernels"), ("profile", "training")):
-            if getattr(self, flag) and self.name != owner:
-                raise ValueError(f"{flag} belongs to the benchmark {owner}, not to {self.name}")
+        for flag in ("limit", "seeds"):
+            if (value := getattr(self, flag)) is not None and value < 1:
+                raise ValueError(f"{flag} is {value}; it must be at least 1")
+        for flag, owners in OWNERS.items():
+            if getattr(self, flag) != type(self).__dataclass_fields__[flag].default and self.name not in owners:
+                raise ValueError(f"{flag} belongs to the benchmark {' or '.join(owners)}, not to {self.name}")
         if self.sizes is not None:
             parse_sizes(self.sizes)
 
 
 def command(options: BenchOptions, console: "Console") -> Result:
     device = str(pick_device(options.device))
-    result = {"benchmark": options.name, **provenance(device), **BENCHMARKS[options.name](options, console)}
+    found = BENCHMARKS[options.name]
+    bench = importlib.import_module(found).bench if isinstance(found, str) else found
+    result = {"benchmark": options.name, **provenance(device), **bench(options, console)}
     if options.out:
         path = Path(options.out)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,12 +205,23 @@ def in_gib(row: Result) -> Result:
     return values | {"smallest_GPU": row["smallest_gpu_GB"], "sent": row["sent_in_step_bytes"] / 2**30}
 
 
-BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result]] = {
+BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result] | str] = {
     "kernels": bench_kernels,
     "training": bench_training,
     "memory": bench_memory,
     "planner": bench_planner,
     "scale": bench_scale,
+}
+OWNERS = {  # of the flags that are not for all
+    "sizes": ("kernels",),
+    "aot": ("kernels",),
+    "tune": ("kernels",),
+    "profile": ("training",),
+    "model": (),
+    "data": (),
+    "limit": (),
+    "seeds": (),
+    "work": (),
 }
 
 
@@ -237,27 +264,3 @@ def in_mib(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with their peaks in MiB, as a person reads them."""
     peaks = ("ours_peak", "peer_peak", "ours_peak_above_start", "peer_peak_above_start")
     return [row | {f"{name}_MiB": row[name] / 2**20 for name in peaks if name in row} for row in rows]
-
-
-def show(console: "Console", names: list[str], rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """A table of the figures that at least one row has."""
-    from rich.table import Table
-
-    columns = [column for column in columns if any(row.get(column) is not None for row in rows)]
-    if columns:
-        table = Table("", *(column.replace("_", " ") for column in columns))
-        for name, row in zip(names, rows, strict=True):
-            table.add_row(name, *("" if row.get(c) is None else f"{row[c]:.4g}" for c in columns))
-        console.print(table)
-
-
-def show_verdicts(console: "Console", names: list[str], rows: list[dict[str, Any]]) -> None:
-    """A table of what is held against a target."""
-    from rich.table import Table
-
-    table = Table("", "figure", "is", "target", "")
-    for name, row in zip(names, rows, strict=True):
-        for verdict in verdicts(row):
-            table.add_row(name, *verdict, style="red" if verdict[-1] == "missed" else None)
-    if table.row_count:
-        console.print(table)
