@@ -12,7 +12,7 @@ import json
 import pkgutil
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ from models.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from benchmarks.roofline import Limits
+
 Result = dict[str, Any]
 
 
@@ -36,7 +38,7 @@ class BenchOptions:
     """Measure this machine, against bitsandbytes where that is installed and against dense weights."""
 
     name: Positional[str]
-    """What to measure: kernels, training, memory or planner; scale: what several GPUs would take, on paper."""
+    """What to measure: kernels, training, load, generate, memory or planner; scale: several GPUs, on paper."""
     device: str = "auto"
     """Where to measure."""
     repeats: int = 7
@@ -50,7 +52,7 @@ class BenchOptions:
     profile: bool = False
     """training: say where the time of one step goes instead."""
     model: str | None = None
-    """Of what measures a model's quality: the checkpoint; by default the demo's SmolLM2-135M."""
+    """Of what measures a model's quality, and load: the checkpoint; generate: also a size by name (llama-7b)."""
     data: tuple[str, ...] = ()
     """Likewise: what it is measured on, as NAME=PATH."""
     limit: int | None = None
@@ -101,8 +103,8 @@ def command(options: BenchOptions, console: "Console") -> Result:
 
 
 def bench_kernels(options: BenchOptions, console: "Console") -> Result:
-    """Correctness first, then every operator beside its rivals."""
-    from benchmarks import correctness
+    """Correctness first, then every operator beside its rivals and below the machine's roof."""
+    from benchmarks import correctness, roofline
     from benchmarks.kernels import failures, measure
 
     if options.aot:
@@ -112,19 +114,45 @@ def bench_kernels(options: BenchOptions, console: "Console") -> Result:
     device = str(pick_device(options.device))
     sizes = parse_sizes(options.sizes) if options.sizes else None
     checked = correctness.check(device)
-    rows = measure(device, sizes, options.repeats)
+    limits = measured_limits(device, console)
+    rows = measure(device, sizes, options.repeats, limits=limits)
     shapes = ["×".join(map(str, row["shape"])) for row in rows]
     console.print(f"weights: {', '.join(dict.fromkeys(shapes))} in bfloat16, NF4 with double quantization")
     several = len(set(shapes)) > 1
     names = [f"{shape} {row['case']}" if several else row["case"] for shape, row in zip(shapes, rows, strict=True)]
     show(console, names, rows, ["ours_ms", "bitsandbytes_ms", "bitsandbytes_repacked_ms", "dense_ms"])
     show(console, names, rows, ["vs_bitsandbytes", "vs_bitsandbytes_repacked", "vs_dense", "bandwidth_share"])
+    show(console, names, roofline.shares(rows), roofline.SHARES)
     show_verdicts(console, names, rows)
-    return {"rows": rows, "correctness": checked, "failures": correctness.failures(checked) + failures(rows)}
+    draw_beside(options, lambda target: roofline.draw(rows, limits, target))
+    return {
+        "limits": asdict(limits),
+        "rows": rows,
+        "correctness": checked,
+        "failures": correctness.failures(checked) + failures(rows),
+    }
+
+
+def measured_limits(device: str, console: "Console") -> "Limits":
+    """What this machine can do at most, measured now and told."""
+    from benchmarks.roofline import limits
+
+    found = limits(device)
+    products = ", ".join(f"{name} {speed / 1e12:.3g}" for name, speed in found.peak.items())
+    console.print(f"this machine now: copies {found.bandwidth / 1e9:.3g} GB/s; products, TFLOP/s: {products}")
+    return found
+
+
+def draw_beside(options: BenchOptions, draw: Callable[[Path], None]) -> None:
+    """Draw into the file that stands next to the result's, if one was asked for."""
+    if options.out:
+        target = Path(options.out).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw(target)
 
 
 def bench_training(options: BenchOptions, console: "Console") -> Result:
-    """The training step of SmolLM2-135M beside its peer."""
+    """The training step of SmolLM2-135M beside its peer and the same on dense weights."""
     from benchmarks import training
 
     setting = training.Setting(device=str(pick_device(options.device)))
@@ -132,21 +160,63 @@ def bench_training(options: BenchOptions, console: "Console") -> Result:
         text = training.profile(setting)
         console.print(text, markup=False, soft_wrap=True)
         return {"profile": text}
-    rows = training.measure(setting, repeats=options.repeats)
+    limits = measured_limits(setting.device, console)
+    rows = training.measure(setting, repeats=options.repeats, limits=limits)
     names = [f"dropout {row['dropout']}" for row in rows]
-    show(console, names, rows, ["ours_tokens_s", "peer_tokens_s", "speed_ratio"])
+    show(console, names, rows, ["ours_tokens_s", "peer_tokens_s", "dense_tokens_s", "speed_ratio"])
+    show(console, names, rows, ["ours_of_roof", "peer_of_roof", "dense_of_roof"])
     for peak in ("peak", "peak_above_start"):
-        show(console, names, in_mib(rows), [f"ours_{peak}_MiB", f"peer_{peak}_MiB", f"{peak}_ratio"])
+        columns = [f"{name}_{peak}_MiB" for name in training.BUILDERS]
+        show(console, names, in_mib(rows), [*columns, f"{peak}_ratio"])
     show_verdicts(console, names, rows)
-    return {"rows": rows, "setting": training.described(setting)}
+    return {"limits": asdict(limits), "rows": rows, "setting": training.described(setting)}
+
+
+def bench_load(options: BenchOptions, console: "Console") -> Result:
+    """From files to a model in 4 bits: time beside bitsandbytes, and memory."""
+    from benchmarks import load, roofline
+
+    device = str(pick_device(options.device))
+    if options.model is not None and not Path(options.model).exists():
+        raise ConfigError(f"model: {options.model}: no such file or directory; give a checkpoint, or none for random")
+    limits = measured_limits(device, console)
+    found = load.measure(device, Path(options.model) if options.model else None, options.repeats, limits)
+    rows, names = found["rows"], [row["case"] for row in found["rows"]]
+    who = ("ours", "bitsandbytes", "16_bits", "reading")
+    show(console, names, rows, [f"{name}_seconds" for name in who])
+    show(console, names, rows, [f"{name}_weights_s" for name in who])
+    show(console, names, roofline.shares(rows), roofline.SHARES)
+    show(console, ["memory"], [found["memory"]], list(found["memory"]))
+    name = Path(options.model).name if options.model else "random LLaMA"
+    return {"limits": asdict(limits), "model": name, **found}
+
+
+def bench_generate(options: BenchOptions, console: "Console") -> Result:
+    """Tokens a second of reading prompts and of greedy decoding, beside dense weights and bitsandbytes."""
+    from benchmarks import generation, roofline
+
+    setting = generation.Setting(device=str(pick_device(options.device)))
+    if options.model is not None:
+        setting = replace(setting, config=generation.sizes_of(options.model))
+    limits = measured_limits(setting.device, console)
+    rows = generation.measure(setting, options.repeats, limits)
+    names = [row["case"] for row in rows]
+    show(console, names, rows, [f"{name}_tokens_s" for name in ("ours", "bitsandbytes", "dense")])
+    show(console, names, rows, ["vs_bitsandbytes", "vs_dense"])
+    show(console, names, roofline.shares(rows), roofline.SHARES)
+    draw_beside(options, lambda target: roofline.draw(rows, limits, target))
+    return {"limits": asdict(limits), "rows": rows, "setting": generation.described(setting)}
 
 
 def bench_memory(options: BenchOptions, console: "Console") -> Result:
-    """Where memory is under each optimizer, and how long each one's update takes."""
-    from benchmarks import memory, training, updates
+    """The paper's Figure 6; then where memory is under each optimizer, and how long each one's update takes."""
+    from benchmarks import figure6, memory, training, updates
 
     device = str(pick_device(options.device))
     setting = training.Setting(device=device)
+    planned = figure6.measure(device)
+    figure6.show_figure(planned, console)
+    draw_beside(options, lambda target: figure6.draw(planned["rows"], target))
     rows = memory.measure(setting)
     console.print("SmolLM2-135M's sizes with LoRA of rank 16: MiB of the tensors of each part under each optimizer")
     optimizers = {row["optimizer"]: row for row in rows}
@@ -156,7 +226,7 @@ def bench_memory(options: BenchOptions, console: "Console") -> Result:
         console.print("Managed memory needs a CUDA device; without one, paged states are in ordinary memory")
     times = updates.measure(device, options.repeats)
     show(console, [row["case"] for row in times], times, [name for name in times[0] if name.endswith("_ms")])
-    return {"rows": rows, "updates": times, "setting": training.described(setting)}
+    return {"rows": rows, "updates": times, "setting": training.described(setting), "figure6": planned}
 
 
 def bench_planner(options: BenchOptions, console: "Console") -> Result:
@@ -191,10 +261,7 @@ def bench_scale(options: BenchOptions, console: "Console") -> Result:
         verdict = "fits" if told["fits"] else "does not fit"
         takes = told["takes_bytes"] / 2**30
         console.print(f"llama-65b on 2 GPUs of 24 GB with {told['with']}: {takes:.1f} GiB, {verdict}", markup=False)
-    if options.out:
-        target = Path(options.out).with_suffix(".png")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scale.draw(rows, target)
+    draw_beside(options, lambda target: scale.draw(rows, target))
     return {"device": "none: planned", "machine": None, "attained": scale.ATTAINED, "rows": rows, "two_of_24GB": small}
 
 
@@ -208,6 +275,8 @@ def in_gib(row: Result) -> Result:
 BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result] | str] = {
     "kernels": bench_kernels,
     "training": bench_training,
+    "load": bench_load,
+    "generate": bench_generate,
     "memory": bench_memory,
     "planner": bench_planner,
     "scale": bench_scale,
@@ -217,7 +286,7 @@ OWNERS = {  # of the flags that are not for all
     "aot": ("kernels",),
     "tune": ("kernels",),
     "profile": ("training",),
-    "model": (),
+    "model": ("load", "generate"),
     "data": (),
     "limit": (),
     "seeds": (),
@@ -262,5 +331,5 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
 
 def in_mib(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with their peaks in MiB, as a person reads them."""
-    peaks = ("ours_peak", "peer_peak", "ours_peak_above_start", "peer_peak_above_start")
+    peaks = [f"{name}_{peak}" for name in ("ours", "peer", "dense") for peak in ("peak", "peak_above_start")]
     return [row | {f"{name}_MiB": row[name] / 2**20 for name in peaks if name in row} for row in rows]

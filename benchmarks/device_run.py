@@ -1,11 +1,11 @@
 """Everything that wants measuring on a GPU lent for an hour, by one command that needs little installed.
 
 `python -m benchmarks.device_run --out DIR [--commit HASH]` checks every operator against float64, then measures
-`kernels`, `training`, `memory`, `updates`, `planner` (what is planned beside what is measured), `sharing` (FSDP2 with
-one process) and, on a GPU, what paging does, and writes one JSON file each into DIR. A part that fails leaves its
-traceback in its file and the next one starts all the same; the exit code then is 1. `--only NAME...` does some of them,
-for instance beside one another where none of them is timed. It works on a CPU too, for testing it: `--quick` takes
-sizes of no interest.
+`kernels`, `training`, `load`, `generate`, `memory`, `updates`, `planner` (what is planned beside what is measured),
+`sharing` (FSDP2 with one process) and, on a GPU, what paging does, and writes one JSON file each into DIR. A part that
+fails leaves its traceback in its file and the next one starts all the same; the exit code then is 1. `--only NAME...`
+does some of them, for instance beside one another where none of them is timed. It works on a CPU too, for testing it:
+`--quick` takes sizes of no interest.
 """
 
 import argparse
@@ -15,12 +15,27 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import correctness, kernels, memory, paged, planner, sharing, training, updates
+from benchmarks import (
+    correctness,
+    figure6,
+    generation,
+    kernels,
+    load,
+    memory,
+    paged,
+    planner,
+    roofline,
+    sharing,
+    training,
+    updates,
+)
 from benchmarks.provenance import provenance
 
 QUICK_SHAPES = ((3, 64, 128),)
@@ -60,17 +75,36 @@ def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict
     """What is run, in this order."""
     shapes = QUICK_SHAPES if quick else correctness.shapes_for(device)
     sizes, tokens, lora_tokens = (((64, 128),), (1, 3), 8) if quick else (None, None, None)
-    setting = training.Setting(device=device)
+    setting, writing = training.Setting(device=device), generation.Setting(device=device)
+    loaded, small, large = load.RANDOM, figure6.SMALL, tuple(figure6.FIGURE_6)
     if quick:
-        setting = dataclasses.replace(setting, config=training.TINY, batch=2, tokens=16)
+        loaded = training.TINY
+        setting = dataclasses.replace(setting, config=loaded, batch=2, tokens=16)
+        writing, small, large = dataclasses.replace(writing, config=loaded, new=4), (), ()
+    limits = cache(lambda: roofline.limits(device, repeats))
 
     def checked() -> dict[str, Any]:
         rows = correctness.check(device, shapes)
         return {"rows": rows, "failures": correctness.failures(rows)}
 
     def measured() -> dict[str, Any]:
-        rows = kernels.measure(device, sizes, repeats, tokens, lora_tokens)
-        return {"rows": rows, "failures": kernels.failures(rows)}
+        rows = kernels.measure(device, sizes, repeats, tokens, lora_tokens, limits())
+        return {"limits": asdict(limits()), "rows": rows, "failures": kernels.failures(rows)}
+
+    def trained() -> dict[str, Any]:
+        rows = training.measure(setting, repeats=repeats, limits=limits())
+        return {"limits": asdict(limits()), "rows": rows, "setting": training.described(setting), "failures": []}
+
+    def loading() -> dict[str, Any]:
+        found = load.measure(device, None, repeats, limits(), loaded)
+        return {"limits": asdict(limits()), **found, "failures": []}
+
+    def written() -> dict[str, Any]:
+        rows = generation.measure(writing, repeats, limits())
+        return {"limits": asdict(limits()), "rows": rows, "setting": generation.described(writing), "failures": []}
+
+    def remembered() -> dict[str, Any]:
+        return {"rows": memory.measure(setting), "figure6": figure6.measure(device, small, large), "failures": []}
 
     def planned() -> dict[str, Any]:
         rows = planner.measure(device, planner.QUICK if quick else planner.JOBS)
@@ -87,12 +121,10 @@ def parts(device: str, repeats: int, quick: bool) -> dict[str, Callable[[], dict
             "rows": updates.measure(device, repeats, {"few": [300]} if quick else None),
             "failures": [],
         },
-        "training": lambda: {
-            "rows": training.measure(setting, repeats=repeats),
-            "setting": training.described(setting),
-            "failures": [],
-        },
-        "memory": lambda: {"rows": memory.measure(setting), "failures": []},
+        "training": trained,
+        "load": loading,
+        "generate": written,
+        "memory": remembered,
         "planner": planned,
         "sharing": shared,
         **({"paged": lambda: paged.measure(device, repeats)} if device == "cuda" else {}),

@@ -4,12 +4,14 @@ A case names an operation and gives each contestant's way of doing it, on the sa
 bitsandbytes multiplies a stored weight in two ways on a CPU: `matmul_4bit` on the layout it trains with and saves,
 and, in a layer in evaluation mode, a product on a copy repacked for AVX-512 with scales rounded to bfloat16
 ("bitsandbytes_repacked"). Both are shown. On a GPU there is one, and weights rotate so that no cache answers.
+Beside each time stands its share of the roofline: what the machine, measured in the same run, would take at least for
+the bytes and operations that this contestant cannot do without.
 M tokens, N outputs, K inputs.
 """
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,8 @@ from torch import Tensor
 import kernels
 import nf4
 from benchmarks import targets
-from benchmarks.timing import GraphClock, Rotation, copy_bandwidth, interleaved, stopwatch
+from benchmarks.roofline import Limits, Work, all_placed
+from benchmarks.timing import GraphClock, Rotation, interleaved, stopwatch
 
 Call = Callable[[], object]
 RANK, SCALING = 16, 1.0
@@ -35,8 +38,8 @@ class Case:
 
     name: str
     contestants: Mapping[str, Callable[[int], object]]
-    nbytes: int = 0
-    """Bytes that our way cannot but read and write; 0 where that is not the measure."""
+    works: Mapping[str, Work] = field(default_factory=dict)
+    """What each of them cannot but do."""
     quick: bool = False
     """Over so soon on a GPU that it is timed as a graph."""
     slow: bool = False
@@ -49,29 +52,26 @@ def measure(
     repeats: int = 7,
     tokens: Iterable[int] | None = None,
     lora_tokens: int | None = None,
+    limits: Limits | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for every case and size (N, K): milliseconds, ratios, and what the targets say."""
+    """A row for every case and size (N, K): milliseconds, ratios, what the targets say, and places under the roof."""
     gpu = torch.device(device).type == "cuda"
     tokens = tuple(tokens or (GPU_TOKENS if gpu else CPU_TOKENS))
     lora_tokens = lora_tokens or (GPU_LORA_TOKENS if gpu else CPU_LORA_TOKENS)
-    bandwidth = copy_bandwidth(repeats) if gpu else None
     rows = []
     for N, K in sizes or SIZES[torch.device(device).type]:
         held = targets.GPU if gpu else targets.CPU if (N, K) == (4096, 4096) else {}
         operands = Operands(N, K, device)
         for case in cases(operands, tokens, lora_tokens):
-            row = timed(case, 1 if case.slow else operands.copies, repeats, gpu)
+            row = timed(case, 1 if case.slow else operands.copies, repeats, gpu, limits)
             row |= {"shape": [N, K], "dtype": "bfloat16", "repeats": repeats}
-            if bandwidth and case.nbytes and "seconds" in row:
-                row |= {
-                    "copy_bandwidth": bandwidth,
-                    "bandwidth_share": case.nbytes / row["seconds"] / bandwidth,
-                }
+            if limits is not None and "ours" in row["roofline"]:
+                row["bandwidth_share"] = row["roofline"]["ours"]["bytes_s"] / limits.bandwidth
             rows.append(targets.judged(row, held.get(case.name.removesuffix(", dropout 0.1"), {})))
     return rows
 
 
-def timed(case: Case, copies: int, repeats: int, gpu: bool) -> dict[str, Any]:
+def timed(case: Case, copies: int, repeats: int, gpu: bool, limits: Limits | None = None) -> dict[str, Any]:
     """The medians of a case's contestants, and ours over the others'; who fails is told of and does not take part."""
     rotations = {name: Rotation([partial(call, i) for i in range(copies)]) for name, call in case.contestants.items()}
     clock = GraphClock(record=case.quick, replays=10 if case.quick else 3) if gpu else stopwatch
@@ -86,6 +86,7 @@ def timed(case: Case, copies: int, repeats: int, gpu: bool) -> dict[str, Any]:
         "fastest_ms": {name: 1000 * timing.fastest for name, timing in timings.items()},
         "slowest_ms": {name: 1000 * timing.slowest for name, timing in timings.items()},
         **(targets.against(medians) if "ours" in medians else {}),
+        "roofline": all_placed(case.works, medians, limits),
     }
 
 
@@ -129,28 +130,35 @@ class Operands:
 def cases(operands: Operands, tokens: Iterable[int], lora_tokens: int) -> Iterator[Case]:
     """The cases one after the other; what one needs is made when it comes and gone when the next does."""
     o, peer = operands, Peer(operands) if importlib.util.find_spec("bitsandbytes") else None
-    dense_bytes, stored_bytes = o.dense[0].nbytes, o.stored[0].nbytes
+    weights, dense_bytes, stored_bytes = o.N * o.K, o.dense[0].nbytes, o.stored[0].nbytes
+    repacked_bytes = weights // 2 + 2 * weights // 64  # codes and a bfloat16 scale for each block
+    held = {"dense": dense_bytes, "bitsandbytes_repacked": repacked_bytes}
 
+    both = Work(weights, stored_bytes + dense_bytes)  # one product with a scale for each weight
     ours: dict[str, Callable[[int], object]] = {"ours": lambda i: kernels.quantize(o.dense[i])}
-    yield Case("quantize", ours | ({"bitsandbytes": peer.quantize} if peer else {}))
+    contestants = ours | ({"bitsandbytes": peer.quantize} if peer else {})
+    yield Case("quantize", contestants, dict.fromkeys(contestants, both))
 
     ours = {"ours": lambda i: kernels.dequantize(o.stored[i])}
-    both = ours | ({"bitsandbytes": peer.dequantize} if peer else {})
-    yield Case("dequantize", both, nbytes=stored_bytes + dense_bytes, quick=True)
+    contestants = ours | ({"bitsandbytes": peer.dequantize} if peer else {})
+    yield Case("dequantize", contestants, dict.fromkeys(contestants, both), quick=True)
 
     for M in tokens:
         x = o.tokens(M, o.K)
         contestants = {"ours": partial(linear, o, x), **(peer.products(x) if peer else {}), "dense": dense(o, x)}
-        touched = stored_bytes + x.nbytes + 2 * M * o.N
-        yield Case(f"matmul M={M}", {n: without_gradient(c) for n, c in contestants.items()}, touched, quick=True)
+        around = 2 * M * (o.N + o.K)  # x and the result, in bfloat16
+        works = {name: Work(2 * M * weights, held.get(name, stored_bytes) + around) for name in contestants}
+        yield Case(f"matmul M={M}", {n: without_gradient(c) for n, c in contestants.items()}, works, quick=True)
 
     for dropout, suffix in ((0.0, ""), (0.1, ", dropout 0.1")):
         lora = Lora(o, lora_tokens, dropout)
         contestants = {"ours": lora.ours, **({"bitsandbytes": lora.peer(peer)} if peer else {}), "dense": lora.dense}
-        yield Case(f"LoRA forward and backward M={lora_tokens}{suffix}", contestants)
+        works = {name: lora.work(held.get(name, stored_bytes)) for name in contestants}
+        yield Case(f"LoRA forward and backward M={lora_tokens}{suffix}", contestants, works)
 
     searched = nf4.QuantConfig(scale="search")
-    yield Case("quantize by search", {"ours": lambda i: kernels.quantize(o.dense[i], searched)}, slow=True)
+    search: dict[str, Callable[[int], object]] = {"ours": lambda i: kernels.quantize(o.dense[i], searched)}
+    yield Case("quantize by search", search, {"ours": Work(0, both.nbytes)}, slow=True)
 
 
 def linear(o: Operands, x: Tensor, i: int) -> Tensor:
@@ -173,6 +181,12 @@ class Lora:
         self.x = o.tokens(M, o.K).requires_grad_()
         self.dy = o.tokens(M, o.N)
         self.a, self.b = ((o.random(*shape) * 0.02).requires_grad_() for shape in ((RANK, o.K), (o.N, RANK)))
+
+    def work(self, weight_bytes: int) -> Work:
+        """Of forward and backward: two products with W, three with each of A and B, and what goes in and comes out."""
+        M, N, K = self.x.shape[0], self.o.N, self.o.K
+        adapter = 2 * (self.a.nbytes + self.b.nbytes)  # read, and their gradients written
+        return Work(4 * M * N * K + 6 * M * RANK * (N + K), 2 * weight_bytes + 4 * M * (N + K) + adapter)
 
     def ours(self, i: int) -> object:
         y = kernels.nf4_lora_linear(self.x, self.o.stored[i], self.a, self.b, SCALING, dropout=self.dropout)

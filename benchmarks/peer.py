@@ -41,10 +41,10 @@ def quietly_imported() -> Any:
 bitsandbytes = quietly_imported()
 
 
-class LoraLinear(bitsandbytes.nn.Linear4bit):
-    """Linear4bit with double quantization, and beside it a LoRA branch of plain torch."""
+class StoredLinear(bitsandbytes.nn.Linear4bit):
+    """Linear4bit with double quantization over a dense weight."""
 
-    def __init__(self, weight: Tensor, rank: int, scaling: float, dropout: float = 0.0) -> None:
+    def __init__(self, weight: Tensor) -> None:
         N, K = weight.shape
         super().__init__(
             K, N, bias=False, compute_dtype=weight.dtype, compress_statistics=True, quant_type="nf4", device="meta"
@@ -53,6 +53,14 @@ class LoraLinear(bitsandbytes.nn.Linear4bit):
             weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=self
         )
         self.weight = four_bit.to(weight.device)  # moving is what quantizes
+
+
+class LoraLinear(StoredLinear):
+    """The same, and beside it a LoRA branch of plain torch."""
+
+    def __init__(self, weight: Tensor, rank: int, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__(weight)
+        N, K = weight.shape
         self.lora_A = nn.Linear(K, rank, bias=False, device=weight.device)  # float32, as the optimizer wants it
         self.lora_B = nn.Linear(rank, N, bias=False, device=weight.device)
         self.scaling, self.dropout = scaling, dropout

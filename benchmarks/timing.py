@@ -101,9 +101,28 @@ def graph_of(work: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def copy_bandwidth(repeats: int, nbytes: int = 2**30) -> float:
-    """Bytes read and written per second when the GPU copies one large tensor, what nothing that reads memory beats."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, repeats, GraphClock(record=False))
-    return 2 * nbytes / timing["copy"].median
+COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes: far more than any cache holds
+SIDE = {"cpu": 2048, "cuda": 8192}  # of a square product that keeps every unit busy
+
+
+def clock_of(device: str) -> Callable[[Callable[[], object]], float]:
+    """How long a work of many milliseconds takes on a device."""
+    return stopwatch if torch.device(device).type == "cpu" else GraphClock(record=False)
+
+
+def copy_bandwidth(device: str, repeats: int, nbytes: int | None = None) -> float:
+    """Bytes read and written in a second when one large tensor is copied: what little beats that reads memory."""
+    size = nbytes or COPIED[torch.device(device).type]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)  # written once, so that the system has given every page
+    timing = interleaved({"copy": lambda: target.copy_(source)}, repeats, clock_of(device))
+    return 2 * size / timing["copy"].fastest
+
+
+def product_speed(device: str, dtype: torch.dtype, repeats: int, side: int | None = None) -> float:
+    """Operations in a second of torch's product of two large square matrices."""
+    n = side or SIDE[torch.device(device).type]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    timing = interleaved({"product": lambda: torch.mm(a, b, out=out)}, repeats, clock_of(device))
+    return 2 * n**3 / timing["product"].fastest

@@ -1,6 +1,7 @@
 """One step of training SmolLM2-135M with LoRA on NF4, against the same model in plain torch on bitsandbytes.
 
-Both get the same random weights, adapters and tokens (speed does not depend on the values) and go through the same
+A third contestant is ours over dense bfloat16 weights, plain LoRA: what 4 bits cost in time and save in memory. All
+get the same random weights, adapters and tokens (speed does not depend on the values) and go through the same
 `train.step.update`: loss, backward, clipping, AdamW. Tokens per second are medians of steps taken in turns in one
 process; the peak of memory is that of a process each, above what it had before the model was built and as a whole.
 """
@@ -23,9 +24,10 @@ import kernels
 import models
 import nf4
 from benchmarks import targets
+from benchmarks.roofline import Limits
 from benchmarks.timing import interleaved, stopwatch
 from models.config import LlamaConfig
-from models.linear import NF4Linear
+from models.linear import Linear, NF4Linear
 from train.data.batches import Batch
 from train.memory import peak_memory_bytes
 from train.optimizer import Name, OptimizerConfig, make_optimizer
@@ -65,11 +67,12 @@ class Setting:
     optimizer: Name = "adamw"
 
 
-def measure(setting: Setting, dropouts: tuple[float, ...] = (0.0, 0.1), repeats: int = 5) -> list[dict[str, Any]]:
+def measure(
+    setting: Setting, dropouts: tuple[float, ...] = (0.0, 0.1), repeats: int = 5, limits: Limits | None = None
+) -> list[dict[str, Any]]:
     """Give a row per dropout; without bitsandbytes the peer's columns stay empty."""
-    builders = {"ours": ours}
-    if importlib.util.find_spec("bitsandbytes"):
-        builders["peer"] = peer
+    peers = {"peer"} if importlib.util.find_spec("bitsandbytes") else set()
+    builders = {name: build for name, build in BUILDERS.items() if name != "peer" or name in peers}
     steps = {name: Stepper(build(setting), setting) for name, build in builders.items()}
     rows = []
     for dropout in dropouts:
@@ -77,7 +80,13 @@ def measure(setting: Setting, dropouts: tuple[float, ...] = (0.0, 0.1), repeats:
             step.set_dropout(dropout)
         times = interleaved(steps, repeats, lambda work: stopwatch(finished(work, setting.device)))
         tokens = setting.batch * setting.tokens
-        rows.append({"dropout": dropout, **{f"{name}_tokens_s": tokens / t.median for name, t in times.items()}})
+        row: dict[str, Any] = {"dropout": dropout}
+        row |= {f"{name}_tokens_s": tokens / t.median for name, t in times.items()}
+        if limits is not None:
+            attained = {name: operations(setting, name) / t.median for name, t in times.items()}
+            row |= {f"{name}_flop_s": speed for name, speed in attained.items()}
+            row |= {f"{name}_of_roof": speed / limits.peak["bfloat16"] for name, speed in attained.items()}
+        rows.append(row)
     del steps
     asked = [(row, name) for row in rows for name in builders]
     settings = [dataclasses.replace(setting, dropout=row["dropout"]) for row, _ in asked]
@@ -85,6 +94,24 @@ def measure(setting: Setting, dropouts: tuple[float, ...] = (0.0, 0.1), repeats:
     for (row, name), (above, whole) in zip(asked, peaks, strict=True):
         row |= {f"{name}_peak_above_start": above, f"{name}_peak": whole}
     return [judged(row) for row in rows]
+
+
+def operations(setting: Setting, name: str) -> int:
+    """Operations of the products of a step as this contestant goes about it: a step is bound by them, not by memory.
+
+    For a token: 2 for a weight of a block's linear layers forward, 2 when checkpointing runs the block again, 2 for
+    the gradient of what went in (the base itself has none); 2 more for the gradient of a number of the adapters; 4 for
+    one of the head; and attention, over half the tokens on average, two products forward, two again, four backward.
+    Ours leaves out the last product of a block that runs again, since nobody reads it.
+    """
+    c = setting.config
+    D, inner, L, T = c.hidden_size, c.intermediate_size, c.num_hidden_layers, setting.tokens
+    heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    sizes = [(heads, D), (kv, D), (kv, D), (D, heads), (inner, D), (inner, D), (D, inner)]  # (N, K)
+    base, adapters = sum(N * K for N, K in sizes), sum(setting.rank * (N + K) for N, K in sizes)
+    left_out = 2 * D * inner if name == "ours" else 0
+    of_block = 6 * base + 8 * adapters + 8 * heads * T - left_out
+    return setting.batch * T * (L * of_block + 4 * c.vocab_size * D)
 
 
 def apart(device: str, measure: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
@@ -135,17 +162,27 @@ class Stepper:
 
 def ours(setting: Setting) -> models.Llama:
     """Our model on the random weights, quantized, with adapters and gradient checkpointing."""
-    with torch.device("meta"):
-        model = models.Llama(setting.config)
-    for name, weight in random_weights(setting):
-        layer = name.removesuffix(".weight")
-        if layer.endswith("_proj"):
-            model.set_submodule(layer, NF4Linear(kernels.quantize(weight, nf4.QuantConfig())))
-        else:
-            model.get_submodule(layer).weight = nn.Parameter(weight)
-    lora = models.LoraConfig(rank=setting.rank, alpha=setting.alpha, dropout=setting.dropout)
-    models.attach_lora(model, lora)
+    return adapted(setting, lambda weight: NF4Linear(kernels.quantize(weight, nf4.QuantConfig())))
+
+
+def adapted(setting: Setting, layer: Callable[[Tensor], nn.Module]) -> models.Llama:
+    """Our model with these linear layers, adapters on them and gradient checkpointing."""
+    model = built(setting.config, setting.device, layer)
+    models.attach_lora(model, models.LoraConfig(rank=setting.rank, alpha=setting.alpha, dropout=setting.dropout))
     model.gradient_checkpointing = True
+    return model
+
+
+def built(config: LlamaConfig, device: str, layer: Callable[[Tensor], nn.Module]) -> models.Llama:
+    """Our model on the random weights, with a linear layer of a block made of each of them by `layer`."""
+    with torch.device("meta"):
+        model = models.Llama(config)
+    for name, weight in random_weights(config, device):
+        path = name.removesuffix(".weight")
+        if path.endswith("_proj"):
+            model.set_submodule(path, layer(weight))
+        else:
+            model.get_submodule(path).weight = nn.Parameter(weight)
     return model
 
 
@@ -153,22 +190,27 @@ def peer(setting: Setting) -> Any:
     """The peer on the same weights."""
     from benchmarks.peer import Llama
 
-    model = Llama(setting.config, random_weights(setting), setting.rank, setting.alpha)
+    model = Llama(setting.config, random_weights(setting.config, setting.device), setting.rank, setting.alpha)
     model.model.gradient_checkpointing = True
     return model
 
 
-BUILDERS: dict[str, Callable[[Setting], Any]] = {"ours": ours, "peer": peer}
+def dense(setting: Setting) -> models.Llama:
+    """Ours over the weights as they are: LoRA on a 16-bit base."""
+    return adapted(setting, Linear.from_weight)
 
 
-def random_weights(setting: Setting) -> Iterator[tuple[str, Tensor]]:
+BUILDERS: dict[str, Callable[[Setting], Any]] = {"ours": ours, "peer": peer, "dense": dense}
+
+
+def random_weights(config: LlamaConfig, device: str) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the model in bfloat16 under its released name, the same ones for the same config."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in models.Llama(setting.config).named_parameters()}
+        shapes = {name: p.shape for name, p in models.Llama(config).named_parameters()}
     generator = torch.Generator().manual_seed(0)
     for name, shape in shapes.items():
         weight = torch.ones(shape) if "norm" in name else torch.randn(shape, generator=generator).mul_(0.02)
-        yield name, weight.to(device=setting.device, dtype=torch.bfloat16)
+        yield name, weight.to(device=device, dtype=torch.bfloat16)
 
 
 @torch.no_grad()

@@ -11,16 +11,26 @@ import pytest
 import torch
 
 import qlora
-from benchmarks import correctness, device_run, kernels, memory, training
+from benchmarks import correctness, device_run, kernels, load, memory, timing, training
 from benchmarks.command import parse_sizes
 from kernels.launch import Launch
 from models.device import multiplies_bfloat16
 
+DEVICE_RUN = (
+    "correctness", "kernels", "updates", "training", "load", "generate", "memory", "planner", "sharing",
+)  # fmt: skip
 PROVENANCE = {"benchmark", "device", "machine", "threads", "versions", "commit", "date"}
 
 
 @pytest.fixture
-def small(monkeypatch):
+def quick_limits(monkeypatch):
+    """A machine of which little is asked before it is measured."""
+    monkeypatch.setitem(timing.COPIED, "cpu", 2**20)
+    monkeypatch.setitem(timing.SIDE, "cpu", 64)
+
+
+@pytest.fixture
+def small(monkeypatch, quick_limits):
     """Sizes of no interest in place of those that take minutes."""
     monkeypatch.setattr(correctness, "SMALL", ((3, 64, 128),))
     monkeypatch.setattr(kernels, "CPU_TOKENS", (1, 3))
@@ -56,17 +66,24 @@ def test_kernels_tells_what_was_measured_on_what(small, capsys, tmp_path):
         "LoRA forward and backward M=5, dropout 0.1", "quantize by search",
     ]  # fmt: skip
     assert [row["case"] for row in found["rows"]] == cases * 2
+    contestants = ("ours", "bitsandbytes", "bitsandbytes_repacked", "dense")
+    assert out.with_suffix(".png").stat().st_size > 1000
     for row in found["rows"]:
         assert row["seconds"] == pytest.approx(row["ours_ms"] / 1000)
         assert row["shape"] in ([64, 128], [32, 64])
         assert row["dtype"] == "bfloat16"
         assert row["targets"] == {}  # targets are for the weight they were set for
         assert ("dense_ms" in row) == (row["case"][:4] in ("matm", "LoRA"))
+        assert row["roofline"].keys() == {name for name in contestants if f"{name}_ms" in row}
+        ours = row["roofline"]["ours"]
+        assert ours["bytes_s"] == pytest.approx(ours["bytes"] / row["seconds"])
+        assert row["bandwidth_share"] == pytest.approx(ours["bytes_s"] / found["limits"]["bandwidth"])
     assert found["correctness"]
     assert all(row["right"] for row in found["correctness"])
     told = " ".join(err.split())
     assert "64×128 matmul M=1" in told  # with one size only, it is told once
     assert "ours ms" in told
+    assert "ours of roof" in told
 
 
 def test_with_bitsandbytes_every_case_but_the_search_has_a_ratio(small):
@@ -127,6 +144,27 @@ def test_training_tells_its_setting(small, capsys):
             assert "speed_ratio" in told
             assert "≥ 2" in told
             assert f"{row['ours_peak'] / 2**20:.4g}" in told
+
+
+def test_generation_and_loading_stand_beside_their_peers(small, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.load.peak_apart", lambda path: {"peak_mib": 3.0})
+    model = load.random_checkpoint(tmp_path / "model", training.TINY)
+    for name, cases in (
+        ("generate", ["read 1 x 32", "write, batch 1", "read 8 x 32", "write, batch 8"]),
+        ("load", ["load", "quantize"]),
+    ):
+        found, err = bench(
+            capsys, name, "--device", "cpu", "--repeats", "1", "--json", "--model", str(model),
+            *(("--out", str(tmp_path / "r" / "generate.json")) if name == "generate" else ()),
+        )  # fmt: skip
+        assert found.keys() >= PROVENANCE | {"limits"}
+        assert [row["case"] for row in found["rows"]] == cases
+        assert all(row["roofline"]["ours"]["bytes"] > 0 for row in found["rows"] if row["case"] != "load")
+        assert f"{name} with" not in err
+    assert found["model"] == "model"
+    assert str(tmp_path) not in json.dumps(found)
+    assert (found["memory"], found["rows"][0]["weights"]) == ({"peak_mib": 3.0}, 93248)
+    assert (tmp_path / "r" / "generate.png").exists()
 
 
 def test_a_profile_is_asked_for_by_a_flag(small, capsys):
@@ -228,6 +266,9 @@ def test_a_search_needs_a_gpu(capsys):
         (["kernels", "--repeats", "0"], "repeats is 0; a median needs at least 1"),
         (["kernels", "--sizes", "64"], "sizes are outputs x inputs such as 4096x4096,11008x4096, not '64'"),
         (["training", "--aot", "sm_80"], "aot belongs to the benchmark kernels, not to training"),
+        (["kernels", "--model", "x"], "model belongs to the benchmark load or generate, not to kernels"),
+        (["load", "--model", "nowhere"], "model: nowhere: no such file or directory; give a checkpoint, or none"),
+        (["generate", "--model", "t5-small"], "model: t5-small is a t5; what is measured here is a LLaMA's decoding"),
         (["kernels", "--profile"], "profile belongs to the benchmark training, not to kernels"),
     ],
 )
@@ -240,22 +281,24 @@ def test_sizes_are_outputs_by_inputs():
     assert parse_sizes("4096x4096,11008x4096") == [(4096, 4096), (11008, 4096)]
 
 
-def test_the_script_for_a_lent_gpu_writes_a_file_for_each_part(tmp_path, monkeypatch, capsys):
+def test_the_script_for_a_lent_gpu_writes_a_file_for_each_part(tmp_path, monkeypatch, capsys, quick_limits):
+    monkeypatch.setattr("benchmarks.load.peak_apart", lambda path: {})
     monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
     monkeypatch.setattr(memory, "measured_apart", lambda setting: {"optimizer": setting.optimizer})
     assert device_run.main(["--out", str(tmp_path / "r"), "--device", "cpu", "--quick", "--commit", "abc"]) == 0
-    for name in ("correctness", "kernels", "updates", "training", "memory", "planner", "sharing"):
+    for name in DEVICE_RUN:
         found = json.loads((tmp_path / "r" / f"{name}.json").read_text())
         assert found.keys() >= PROVENANCE
         assert (found["benchmark"], found["commit"], found["failures"]) == (name, "abc", [])
         assert found["rows"]
-    assert capsys.readouterr().out.count("wrong: nothing") == 7
+    assert capsys.readouterr().out.count("wrong: nothing") == len(DEVICE_RUN)
 
 
-def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys, quick_limits):
     def broken(*_):
         raise RuntimeError("no such kernel")
 
+    monkeypatch.setattr("benchmarks.load.peak_apart", lambda path: {})
     monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
     monkeypatch.setattr(memory, "measured_apart", lambda setting: {"optimizer": setting.optimizer})
     monkeypatch.setattr(kernels, "measure", broken)

@@ -34,6 +34,7 @@ def test_the_command_shows_managed_states_as_a_part_of_their_own(monkeypatch, ca
     ]
     times = [{"case": "few", "ours_ms": 1.5, "bitsandbytes_ms": None}]
     monkeypatch.setattr(memory, "measure", lambda setting: rows)
+    monkeypatch.setattr("benchmarks.figure6.measure", lambda device: {"rows": [], "measured": []})
     monkeypatch.setattr(updates, "measure", lambda device, repeats: times)
     assert qlora.main(["bench", "memory", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()

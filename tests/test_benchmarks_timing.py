@@ -96,4 +96,4 @@ def test_a_gpu_replays_what_was_recorded():
     clock = GraphClock(replays=4)
     assert 0 < clock(lambda: called.append(x.add_(1))) < 1
     assert len(called) == 2  # on the side stream, and when it was recorded
-    assert 1e9 < copy_bandwidth(1, 2**26) < 1e14
+    assert 1e9 < copy_bandwidth("cuda", 1, 2**26) < 1e14

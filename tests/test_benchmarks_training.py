@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import training
+from benchmarks.roofline import Limits
 from benchmarks.timing import Timing
 from benchmarks.training import TINY, Setting, Stepper
 from models import recompute
@@ -93,7 +95,7 @@ def test_rows_have_speed_and_memory_of_each_dropout(monkeypatch):
     asked = []
     monkeypatch.setattr(training, "peak_of", lambda name, setting: asked.append((name, setting.dropout)) or (100, 300))
     rows = training.measure(SETTING, dropouts=(0.0, 0.2), repeats=1)
-    assert asked == [("ours", 0.0), ("peer", 0.0), ("ours", 0.2), ("peer", 0.2)]
+    assert asked == [(name, dropout) for dropout in (0.0, 0.2) for name in ("ours", "peer", "dense")]
     assert [row["dropout"] for row in rows] == [0.0, 0.2]
     for row in rows:
         assert row["speed_ratio"] == row["ours_tokens_s"] / row["peer_tokens_s"] > 0
@@ -106,6 +108,30 @@ def test_the_peak_is_that_of_a_process_of_its_own():
     assert 2**27 < whole < 2**33
     wide = dataclasses.replace(SETTING, config=dataclasses.replace(TINY, vocab_size=300_000))
     assert training.peak_of("ours", wide)[0] > 2 * 64 * 300_000  # the embedding alone, in bfloat16
+
+
+def test_operations_are_those_of_the_products_that_a_step_makes(monkeypatch):
+    """Counted by torch as they are made: all of LoRA's on dense weights, but for attention, which is ours."""
+    plain = dataclasses.replace(SETTING, rank=4)
+    step = Stepper(training.dense(plain), plain)
+    step()
+    with FlopCounterMode(display=False) as counter:
+        step()
+    attention = (
+        8 * TINY.num_attention_heads * TINY.head_dim * TINY.num_hidden_layers * SETTING.batch * SETTING.tokens**2
+    )
+    head = 4 * TINY.vocab_size * TINY.hidden_size * SETTING.batch
+    counted = counter.get_flop_counts()["Global"]
+    made = sum(n for operator, n in counted.items() if "mm" in str(operator))
+    assert made == pytest.approx(training.operations(plain, "dense") - attention - head, rel=0.02)
+
+
+def test_a_step_is_placed_below_the_matrix_peak(monkeypatch):
+    monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
+    limits = Limits(1e9, {"bfloat16": 1e12})
+    (row,) = training.measure(SETTING, dropouts=(0.0,), repeats=1, limits=limits)
+    step = SETTING.batch * SETTING.tokens / row["ours_tokens_s"]
+    assert row["ours_of_roof"] == pytest.approx(training.operations(SETTING, "ours") / step / 1e12)
 
 
 def test_the_profile_names_what_takes_time():

@@ -37,7 +37,7 @@ FIGURE_6 = {
 DIFFERENCES = (
     "Why they differ. The model: ours are the codes, the scales and a 16-bit rest, no more; the paper's figure is "
     "nearest to scales without double quantization, embedding and head in 32 bits, and some 0.3 to 0.6 GiB beside. "
-    "Adapters: the paper counts 18 h 64 L numbers in 16 bits, all seven matrices of a block have 11 % more, and ours "
+    "Adapters: the paper counts 18 h 64 L numbers in 16 bits, all seven matrices of a block have 6 % more, and ours "
     "are in float32 (--lora.dtype bfloat16 halves them). Optimizer: 8 bytes for each of these numbers in both."
 )
 
