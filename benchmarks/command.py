@@ -122,7 +122,7 @@ def bench_kernels(options: BenchOptions, console: "Console") -> Result:
     names = [f"{shape} {row['case']}" if several else row["case"] for shape, row in zip(shapes, rows, strict=True)]
     show(console, names, rows, ["ours_ms", "bitsandbytes_ms", "bitsandbytes_repacked_ms", "dense_ms"])
     show(console, names, rows, ["vs_bitsandbytes", "vs_bitsandbytes_repacked", "vs_dense", "bandwidth_share"])
-    show(console, names, roofline.shares(rows), roofline.SHARES)
+    roofline.show_shares(console, names, rows)
     show_verdicts(console, names, rows)
     draw_beside(options, lambda target: roofline.draw(rows, limits, target))
     return {
@@ -143,7 +143,7 @@ def measured_limits(device: str, console: "Console") -> "Limits":
     return found
 
 
-def draw_beside(options: BenchOptions, draw: Callable[[Path], None]) -> None:
+def draw_beside(options: BenchOptions, draw: Callable[[Path], object]) -> None:
     """Draw into the file that stands next to the result's, if one was asked for."""
     if options.out:
         target = Path(options.out).with_suffix(".png")
@@ -185,7 +185,7 @@ def bench_load(options: BenchOptions, console: "Console") -> Result:
     who = ("ours", "bitsandbytes", "16_bits", "reading")
     show(console, names, rows, [f"{name}_seconds" for name in who])
     show(console, names, rows, [f"{name}_weights_s" for name in who])
-    show(console, names, roofline.shares(rows), roofline.SHARES)
+    roofline.show_shares(console, names, rows)
     show(console, ["memory"], [found["memory"]], list(found["memory"]))
     name = Path(options.model).name if options.model else "random LLaMA"
     return {"limits": asdict(limits), "model": name, **found}
@@ -203,7 +203,7 @@ def bench_generate(options: BenchOptions, console: "Console") -> Result:
     names = [row["case"] for row in rows]
     show(console, names, rows, [f"{name}_tokens_s" for name in ("ours", "bitsandbytes", "dense")])
     show(console, names, rows, ["vs_bitsandbytes", "vs_dense"])
-    show(console, names, roofline.shares(rows), roofline.SHARES)
+    roofline.show_shares(console, names, rows)
     draw_beside(options, lambda target: roofline.draw(rows, limits, target))
     return {"limits": asdict(limits), "rows": rows, "setting": generation.described(setting)}
 

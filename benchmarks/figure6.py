@@ -216,8 +216,9 @@ def draw(rows: list[dict[str, Any]], target: Path) -> "Figure":
     for (place, _, _), height in zip(bars, bottom, strict=True):
         axes.text(place, height + 0.4, f"{height:.1f}", ha="center", fontsize=7)
     for size in (24, 48):
-        axes.axhline(size, color="0.5", linewidth=0.8, linestyle="--")
-        axes.text(-0.6, size + 0.3, f"{size} GB", fontsize=7, color="0.4")
+        if size < 1.15 * max(bottom):
+            axes.axhline(size, color="0.5", linewidth=0.8, linestyle="--")
+            axes.text(-0.6, size * 1.01, f"{size} GB", fontsize=7, color="0.4")
     axes.set_xticks([place for place, _, _ in bars], [label for _, label, _ in bars], rotation=90, fontsize=7)
     for i, row in enumerate(rows):
         axes.text(5.6 * i + 2, max(bottom) * 1.1, row["model"], ha="center", fontsize=9)

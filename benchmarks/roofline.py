@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.tables import show
 from benchmarks.timing import copy_bandwidth, product_speed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console
 
 COLOURS = {"ours": "C0", "bitsandbytes": "C1", "bitsandbytes_repacked": "C3", "peer": "C1", "dense": "C2"}
 
@@ -94,10 +96,15 @@ def shares(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return told
 
 
-SHARES = [
-    "FLOP/byte", "GFLOP/s", "GB/s", "ours_of_roof", "bitsandbytes_of_roof", "bitsandbytes_repacked_of_roof",
-    "peer_of_roof", "dense_of_roof",
-]  # fmt: skip
+ATTAINED = ["FLOP/byte", "GFLOP/s", "GB/s"]
+SHARES = [f"{name}_of_roof" for name in ("ours", "bitsandbytes", "bitsandbytes_repacked", "dense")]
+
+
+def show_shares(console: "Console", names: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """What ours attains, and everyone's share of the roofline."""
+    told = shares(rows)
+    show(console, names, told, ATTAINED)
+    show(console, names, told, SHARES)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], limits: Limits, target: Path, dtype: str = "bfloat16") -> "Figure":

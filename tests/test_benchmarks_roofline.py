@@ -44,16 +44,16 @@ def test_a_plot_has_a_point_for_each_contestant_that_multiplies(tmp_path):
     rows = [
         {
             "case": "matmul",
-            "roofline": all_placed({"ours": Work(8, 4), "dense": Work(8, 8)}, dict(ours=1.0, dense=2.0), ROOF),
+            "roofline": all_placed({"ours": Work(8, 4), "dense": Work(8, 8)}, {"ours": 1.0, "dense": 2.0}, ROOF),
         },
         {"case": "search", "roofline": all_placed({"ours": Work(0, 4)}, {"ours": 1.0}, ROOF)},
         {"case": "broken"},
     ]
     axes = roofline.draw(rows, ROOF, tmp_path / "new" / "roof.png").axes[0]
     assert (tmp_path / "new" / "roof.png").stat().st_size > 1000
-    roof, *points = axes.lines
-    assert [tuple(point.get_xydata()[0]) for point in points] == [(2.0, 8.0), (1.0, 4.0)]
-    assert roof.get_xydata()[1].tolist() == [10.0, 100.0]  # the ridge
+    roof, *points = (torch.as_tensor(line.get_xydata()) for line in axes.lines)
+    assert [point[0].tolist() for point in points] == [[2.0, 8.0], [1.0, 4.0]]
+    assert roof[1].tolist() == [10.0, 100.0]  # the ridge
 
 
 def test_what_a_token_reads_is_what_is_stored():
