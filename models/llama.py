@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 import kernels
-from models.cache import Cache, LayerCache
+from models.cache import Cache, LayerCache, attend_to_all
 from models.config import LlamaConfig, llama_config
 from models.errors import ConfigError
 from models.linear import Linear
@@ -69,7 +69,9 @@ class Attention(nn.Module):
             y = attend(q, k, v, mask)
         elif mask is None and T > 1:
             y = kernels.attention(q, k, v)
-        else:  # without a mask, a single new token may see all that came before it
+        elif T == 1:
+            y = attend_to_all(q, k, v, mask)
+        else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import models
+from models.cache import attend_to_all
 from models.config import LlamaConfig, llama_config
 from models.llama import Llama
 from tests.golden import DATA, GOLDEN, LAYOUTS, answers, layout
@@ -85,6 +86,22 @@ def test_a_cache_changes_nothing(small, cut):
     torch.testing.assert_close(parts, small(ids))
     with pytest.raises(ValueError, match="the cache has room for 7 tokens; 8 do not fit"):
         small(ids[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(3, 1), (6, 2), (4, 4)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_token_draws_from_all_before_it_by_its_own_heads_keys(heads, shared, padded):
+    B, S, C = 2, 7, 8
+    q, k, v = (torch.randn(B, *sizes, C) for sizes in ((heads, 1), (shared, S), (shared, S)))
+    mask = torch.ones(B, 1, 1, S, dtype=torch.bool)
+    if padded:
+        mask[1, :, :, :3] = False
+    found = attend_to_all(q, k, v, mask if padded else None)
+    for b in range(B):
+        for h in range(heads):
+            keys, values = k[b, h * shared // heads].double(), v[b, h * shared // heads].double()
+            scores = (keys @ q[b, h, 0].double() / C**0.5).masked_fill(~mask[b, 0, 0], -torch.inf)
+            assert torch.allclose(found[b, h, 0].double(), scores.softmax(0) @ values, atol=1e-6)
 
 
 def test_checkpointed_gradients_are_the_same(small):
