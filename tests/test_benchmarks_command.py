@@ -298,13 +298,11 @@ def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch, capsys, quick_l
     def broken(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr("benchmarks.load.peak_apart", lambda path: {})
-    monkeypatch.setattr(training, "peak_of", lambda name, setting: (100, 300))
-    monkeypatch.setattr(memory, "measured_apart", lambda setting: {"optimizer": setting.optimizer})
     monkeypatch.setattr(kernels, "measure", broken)
-    assert device_run.main(["--out", str(tmp_path), "--device", "cpu", "--quick"]) == 1
+    parts = ["--only", "kernels", "updates"]
+    assert device_run.main(["--out", str(tmp_path), "--device", "cpu", "--quick", *parts]) == 1
     assert "no such kernel" in json.loads((tmp_path / "kernels.json").read_text())["failures"][0]
-    assert json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert json.loads((tmp_path / "updates.json").read_text())["rows"]
 
 
 def test_some_parts_can_be_asked_for_by_name(tmp_path, capsys):

@@ -13,6 +13,7 @@ from models.architectures import build
 from models.precision import ADAPTERS, QUANTIZED
 from nf4 import QuantConfig
 from train.optimizer import OptimizerConfig
+from train.planner import simulation
 from train.planner.gpus import GIB, MIB, gpu
 from train.planner.jobs import with_classifier
 from train.planner.layers import with_layers
@@ -279,3 +280,20 @@ def test_an_unknown_gpu_is_refused_with_the_nearest_name():
         gpu("rtx3090")
     with pytest.raises(ConfigError, match="neither a size"):
         gpu("0GB")
+
+
+def test_shapes_that_are_remembered_are_those_that_torch_gives():
+    aten, x = torch.ops.aten, torch.empty(4, 6, device="meta", dtype=torch.bfloat16)
+    asked = [
+        (aten.mul.Tensor, (x, 2)), (aten.mul.Tensor, (x.t(), 2)), (aten.mul.Tensor, (x.bool(), 1)),
+        (aten.mul.Tensor, (x.bool(), 1.0)), (aten.mul.Tensor, (x.bool(), True)), (aten.add_.Tensor, (x, x)),
+        (aten._unsafe_view.default, (x, [24])), (aten.view.default, (x, [3, 8])), (aten.mm.default, (x, x.t())),
+        (aten.sum.dim_IntList, (x, [0])), (aten.sum.dim_IntList, (x, [1])), (aten.sum.default, (x,)),
+    ]  # fmt: skip
+    for func, args in asked * 2:
+        expected, found = func(*args), simulation.shaped(func, args, {})
+        for of in (torch.Tensor.size, torch.Tensor.stride, lambda t: t.dtype):
+            assert of(found) == of(expected), (func, args)
+        shares = [t.untyped_storage()._cdata == x.untyped_storage()._cdata for t in (found, expected)]
+        assert shares[0] == shares[1], (func, args)
+    assert {key[0] for key in simulation.known} >= {aten.mul.Tensor, aten.add_.Tensor, aten.mm.default}

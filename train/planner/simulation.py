@@ -126,10 +126,60 @@ def computed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if func is aten.index.Tensor:  # which rows a mask leaves is a matter of values
         args = (args[0], [i for index in args[1] for i in positions(index)], *args[2:])
-    on_meta = func(*map(without_values, args), **{name: without_values(value) for name, value in kwargs.items()})
+    on_meta = shaped(func, tuple(map(without_values, args)), {name: without_values(v) for name, v in kwargs.items()})
     target = given[0]
     in_place = func._schema.is_mutable and not target.is_meta and isinstance(on_meta, Tensor)
     return target if in_place else on_meta
+
+
+known: dict[Any, tuple[Any, ...]] = {}
+"""Sizes, strides and dtype of what operators gave, by their arguments."""
+
+
+def shaped(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What an operator gives for tensors on "meta": by torch's shape function, or as it was for others of such shapes.
+
+    A step asks the same hundreds of times, and torch answers in Python. Views, which share memory with what they are
+    of, are always asked for, and so is what gives more than one tensor.
+    """
+    kind = kind_of_result(func)
+    key = None if kind is None else (func, described(args), described(tuple(kwargs.items())))
+    found = known.get(key)
+    if found is not None:
+        return args[0] if kind == "in place" else torch.empty_strided(*found[:2], dtype=found[2], device="meta")
+    out = func(*args, **kwargs)
+    if kind == "in place" or (kind == "new" and own_memory(out, args)):
+        known[key] = (out.shape, out.stride(), out.dtype)
+    return out
+
+
+@cache
+def kind_of_result(func: Any) -> str | None:
+    """Whether an operator gives one "new" tensor or its first argument, changed "in place"; None for all else."""
+    schema = func._schema
+    if len(schema.returns) != 1 or str(schema.returns[0].type) != "Tensor":
+        return None
+    written = [i for i, argument in enumerate(schema.arguments) if argument.is_write]
+    if schema.returns[0].alias_info is None:
+        return "new" if not written else None
+    return "in place" if written == [0] and schema.returns[0].alias_info.is_write else None
+
+
+def described(value: Any) -> Any:
+    """All of an argument that a shape can depend on. (1, 1.0 and True are equal but give other dtypes.)"""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.is_meta
+    if isinstance(value, tuple | list):
+        return tuple(map(described, value))
+    return type(value), value
+
+
+def own_memory(out: Tensor, args: tuple) -> bool:
+    """Does a result fill memory of its own? (Some of torch's views are not declared as such.)"""
+    storage = out.untyped_storage()
+    reach = sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True))
+    whole = storage.nbytes() == ((reach + 1) * out.dtype.itemsize if out.numel() else 0)
+    return whole and all(t.untyped_storage()._cdata != storage._cdata for t in tensors(args))
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
