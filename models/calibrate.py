@@ -178,7 +178,9 @@ def check(model: Model, values: Values, windows: Int[Tensor, "windows tokens"]) 
     if values.stored:
         raise ConfigError(f"calibrate: {next(iter(values.stored))} is in 4 bits already; give the 16-bit checkpoint")
     if model.max_tokens is not None and windows.shape[1] > model.max_tokens:
-        raise ConfigError(f"calibrate: windows have {windows.shape[1]} tokens; the model knows {model.max_tokens} positions")
+        raise ConfigError(
+            f"calibrate: windows have {windows.shape[1]} tokens; the model knows {model.max_tokens} positions"
+        )
     widest = max(layer.in_features for name, layer in values.linears.items() if values.quantizes(name))
     if windows.numel() < widest:
         raise DataError(

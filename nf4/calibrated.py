@@ -1,6 +1,6 @@
 """Codes and scales chosen for what the layer computes, in the unchanged format.
 
-Any reader multiplies a level by a scale, so both may be chosen as cleverly as we like. Two ways know the layer's inputs:
+Any reader multiplies a level by a scale, so both may be chosen as cleverly as we like. Two ways know the inputs:
 
 - `weighted`: the signed search of `nf4.search` with the mean square of its input as every weight's importance;
 - `feedback`: that search and error feedback together (`nf4.feedback`).
@@ -9,10 +9,10 @@ With double quantization both choose codes for the scales as they will be decode
 """
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nf4.blockwise import INPUT_DTYPES, QuantizedTensor, block_absmax, encode, refuse_non_finite
@@ -25,7 +25,6 @@ from nf4.scales import ChosenScales
 from nf4.search import search_scales
 
 Method = Literal["feedback", "weighted"]
-METHODS: tuple[str, ...] = get_args(Method)
 
 
 @torch.no_grad()
@@ -45,10 +44,8 @@ def quantize_calibrated(
     if weight.dtype not in INPUT_DTYPES:
         raise ValueError(f"{name} must be float32, float16 or bfloat16 to be quantized, not {weight.dtype}")
     N, K = weight.shape
-    if K != len(inputs.moment):
-        raise ValueError(f"{name} takes {K} inputs, but second moments of {len(inputs.moment)} came")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if inputs.moment.shape != (K, K):
+        raise ValueError(f"{name} takes {K} inputs, but the second moments of {len(inputs.moment)} came")
     config = replace(config, scale="search")
     flat = weight.detach().reshape(-1)
     absmax = block_absmax(flat, config.block_size)

@@ -20,6 +20,8 @@ scales are to be chosen.
 Letters: N outputs, K inputs.
 """
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
@@ -82,4 +84,4 @@ def first_columns(N: int, K: int, block_size: int, device: torch.device) -> Int6
 def runs(first_column: Int64[Tensor, " num_blocks"], K: int) -> list[tuple[int, int]]:
     """Columns to be rounded without choosing scales in between, from and to."""
     edges = sorted({*first_column.unique().tolist(), *range(0, K, MOST_COLUMNS), K})
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
