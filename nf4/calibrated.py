@@ -8,7 +8,6 @@ Any reader multiplies a level by a scale, so both may be chosen as cleverly as w
 With double quantization both choose codes for the scales as they will be decoded.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -38,25 +37,25 @@ def quantize_calibrated(
 ) -> QuantizedTensor:
     """Store a layer's weight so that its outputs change little over these inputs.
 
-    Scales are searched for, whatever `config.scale` says, and the result says so. `name` is what an error message
-    calls the weight.
+    Scales are absmax or searched for, as `config.scale` says; `weighted` differs from `quantize` only if they are
+    searched for. `name` is what an error message calls the weight.
     """
     if weight.dtype not in INPUT_DTYPES:
         raise ValueError(f"{name} must be float32, float16 or bfloat16 to be quantized, not {weight.dtype}")
     N, K = weight.shape
     if inputs.moment.shape != (K, K):
         raise ValueError(f"{name} takes {K} inputs, but the second moments of {len(inputs.moment)} came")
-    config = replace(config, scale="search")
     flat = weight.detach().reshape(-1)
     absmax = block_absmax(flat, config.block_size)
     refuse_non_finite(flat, absmax, weight.shape, config.block_size, name)
 
-    importance = inputs.importance.to(flat.device).repeat(N)
-    scales = ChosenScales(search_scales(flat, absmax, config, importance), config)
+    searched = config.scale == "search"
+    guess = search_scales(flat, absmax, config, inputs.importance.repeat(N)) if searched else absmax
+    scales = ChosenScales(guess, config)
     if method == "weighted":
         packed = encode(flat, scales.decoded, config)
     else:
-        found = with_feedback(weight.float(), inputs.factor, scales, config.codebook, config.block_size)
+        found = with_feedback(weight.float(), inputs.factor, scales, config)
         packed = packed_levels(found.view(-1), config.codebook)
     return QuantizedTensor(
         packed=packed,

@@ -27,6 +27,7 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from nf4.codebook import ascending
+from nf4.config import QuantConfig
 from nf4.scales import ChosenScales
 from nf4.search import search_blocks
 
@@ -34,9 +35,10 @@ MOST_COLUMNS = 128  # whose shifts wait to be applied to the rest
 
 
 def with_feedback(
-    weight: Float32[Tensor, "N K"], factor: Float32[Tensor, "K K"], scales: ChosenScales, name: str, block_size: int
+    weight: Float32[Tensor, "N K"], factor: Float32[Tensor, "K K"], scales: ChosenScales, config: QuantConfig
 ) -> UInt8[Tensor, "N K"]:
     """Choose scale and codes of every block; what comes back counts levels of the codebook from the lowest."""
+    name, block_size = config.codebook, config.block_size
     N, K = weight.shape
     device = weight.device
     work = weight.clone()
@@ -55,8 +57,10 @@ def with_feedback(
             inside = place < len(flat)
             place = place.clamp_max(len(flat) - 1)
             blocks = torch.where(inside, flat[place], 0)
-            importance = torch.where(inside, spread[place % K], 0)
-            scales.put(chosen, search_blocks(blocks, blocks.abs().amax(1), name, importance))
+            wished = blocks.abs().amax(1)
+            if config.scale == "search":
+                wished = search_blocks(blocks, wished, name, torch.where(inside, spread[place % K], 0))
+            scales.put(chosen, wished)
         part = work[:, start:stop].T.contiguous()  # (columns, N)
         errors = torch.empty_like(part)
         for j in range(stop - start):

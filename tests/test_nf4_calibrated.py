@@ -16,6 +16,7 @@ from nf4.search import search_scales, squared_error
 from tests.strategies import block_sizes, codebooks
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 40))
+scales = st.sampled_from(["absmax", "search"])
 seeds = st.integers(0, 2**16)
 
 
@@ -37,22 +38,22 @@ def weight_of(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
 
 
-@given(shape=shapes, name=codebooks, block_size=block_sizes, double_quant=st.booleans(), seed=seeds)
+@given(shape=shapes, name=codebooks, block_size=block_sizes, double_quant=st.booleans(), scale=scales, seed=seeds)
 def test_feedback_is_what_its_definition_gives_for_the_scales_that_are_stored(
-    shape, name, block_size, double_quant, seed
+    shape, name, block_size, double_quant, scale, seed
 ):
     """One weight after the other by the inverse of what is left of H, in float64 (Frantar et al. 2023, equation 2)."""
     N, K = shape
     weight, inputs = weight_of(shape, seed), inputs_of(correlated(50, K, seed))
-    q = quantize_calibrated(weight, inputs, QuantConfig(name, block_size, double_quant, 3))
-    scales = q.scales.double().repeat_interleave(block_size)[: N * K].view(N, K)
+    q = quantize_calibrated(weight, inputs, QuantConfig(name, block_size, double_quant, 3, scale))
+    stored = q.scales.double().repeat_interleave(block_size)[: N * K].view(N, K)
     found, levels = dequantize(q, torch.float32).double(), levels_of(name).double()
     damped = inputs.moment.double()
     damped.diagonal().add_(DAMPING * damped.diagonal().mean())
     rest = weight.double()
     for j in range(K):
         inverse = torch.linalg.inv(damped[j:, j:])
-        distances = (rest[:, j, None] - levels * scales[:, j, None]).abs()
+        distances = (rest[:, j, None] - levels * stored[:, j, None]).abs()
         chosen = (rest[:, j] - found[:, j]).abs()
         assert (chosen <= distances.amin(1) + 1e-4).all()  # halfway between two levels, float32 may take the other
         error = (rest[:, j] - found[:, j]) / inverse[0, 0]
@@ -61,7 +62,7 @@ def test_feedback_is_what_its_definition_gives_for_the_scales_that_are_stored(
 
 @given(shape=shapes, name=codebooks, block_size=block_sizes, double_quant=st.booleans(), seed=seeds)
 def test_without_correlation_there_is_nothing_to_make_up_for(shape, name, block_size, double_quant, seed):
-    config = QuantConfig(name, block_size, double_quant)
+    config = QuantConfig(name, block_size, double_quant, scale="search")
     inputs = inputs_of(torch.eye(shape[1]))
     weight = weight_of(shape, seed)
     found = [quantize_calibrated(weight, inputs, config, method) for method in ("weighted", "feedback")]
@@ -75,8 +76,9 @@ def test_each_way_loses_less_of_the_outputs_than_the_one_before(config):
     x = correlated(2000, 256)
     x[:, ::7] *= 8  # some inputs are large
     inputs, weight = inputs_of(x), weight_of((96, 256))
-    stored = [quantize(weight, config), quantize(weight, replace(config, scale="search"))]
-    stored += [quantize_calibrated(weight, inputs, config, method) for method in ("weighted", "feedback")]
+    searched = replace(config, scale="search")
+    stored = [quantize(weight, config), quantize(weight, searched)]
+    stored += [quantize_calibrated(weight, inputs, searched, method) for method in ("weighted", "feedback")]
     plain, search, weighted, feedback = (float(((dequantize(q) - weight) @ x.T).square().mean()) for q in stored)
     assert feedback < 0.7 * weighted < 0.8 * plain
     assert weighted < search
@@ -86,7 +88,9 @@ def test_each_way_loses_less_of_the_outputs_than_the_one_before(config):
 @given(shape=shapes, name=st.sampled_from(["nf4", "fp4"]), double_quant=st.booleans(), seed=seeds)
 def test_any_reader_decodes_it(shape, name, double_quant, seed):
     weight = weight_of(shape, seed)
-    q = quantize_calibrated(weight, inputs_of(correlated(50, shape[1])), QuantConfig(name, 64, double_quant))
+    q = quantize_calibrated(
+        weight, inputs_of(correlated(50, shape[1])), QuantConfig(name, 64, double_quant, scale="search")
+    )
     theirs = to_state_dict(quantize(weight, QuantConfig(name, 64, double_quant)), "w")
     ours = to_state_dict(q, "w")
     state = next(key for key in ours if "quant_state" in key)

@@ -10,7 +10,7 @@ from qlora import main
 from tests import tiny
 from train.calibration import STRETCH, calibration_windows
 
-WORDS = "a small stone lies beneath the green hill and nobody asks how it came there ".split()
+WORDS = ["a", "small", "stone", "lies", "beneath", "the", "green", "hill", "and", "nobody", "asks"]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def source(tmp_path_factory):
 @pytest.fixture
 def files(tmp_path):
     """The same words as a text, as documents and as questions and answers."""
-    lines = [" ".join(WORDS[i % 7 :] + [str(i)]) for i in range(200)]
+    lines = [" ".join([*WORDS[i % 7 :], str(i)]) for i in range(400)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     tiny.records(tmp_path / "records.jsonl", 100)

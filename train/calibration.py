@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-
 from eval.data.texts import holds_documents, read_documents, read_text
 from models.errors import DataError
 from models.tokenizer import Tokenizer

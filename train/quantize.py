@@ -4,7 +4,7 @@ The table says what each layer lost. Calibrated codes are further from the weigh
 closer in what the layer computes: that is the column beside it.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +36,7 @@ class QuantizeOptions:
     """The format."""
     calibrate: str | None = None
     """Choose codes and scales for what layers compute on this text: a file of text, of documents, or of examples to
-    learn from. The format stays the same. For LLaMA and RoBERTa."""
+    learn from. Scales are searched for. The format stays the same. For LLaMA and RoBERTa."""
     method: Method = "feedback"
     """With calibrate: error feedback over searched scales (feedback), or the search alone, with each weight's error
     counted by the mean square of its input (weighted)."""
@@ -68,9 +68,11 @@ def command(options: QuantizeOptions, console: "Console") -> dict[str, Any]:
     if (Path(options.out) / "config.json").exists():
         raise ConfigError(f"{options.out}: already holds a checkpoint; name another directory")
     device = pick_device(options.device)
-    calibration = chosen_text(options)
+    calibration, quant = chosen_text(options), options.quant
+    if calibration is not None:
+        quant = replace(quant, scale="search")
     dtype = pick_dtype(options.dtype, device)
-    layers = quantize_checkpoint(options.src, options.out, options.quant, dtype, device, calibration=calibration)
+    layers = quantize_checkpoint(options.src, options.out, quant, dtype, device, calibration=calibration)
     console.print(table_of(layers, f"{options.src} → {options.out}"))
     size = sum(f.stat().st_size for f in Path(options.out).glob("*.safetensors"))
     console.print(f"{len(layers)} layers in 4 bits; {size / 1e6:.1f} MB in {options.out}")
