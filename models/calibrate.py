@@ -1,13 +1,16 @@
 """Quantizing with an eye on what layers compute: block by block, while the checkpoint streams.
 
-Windows of some text run through the model as far as it is already quantized. At each block its dense weights are read,
-and then, in the order in which the block uses them: the second moment of a layer's inputs is gathered, the layer is
-quantized for it (`nf4.calibrated`), and takes its place, so that later layers see what it made of the text. Layers
-that read the same input (queries, keys and values; gate and up) share one moment. Which do, and in which order
-layers come, is found by running the block once.
+Windows of some text run through the model as far as it is already quantized, and beside it through the model as it
+was. At each block its dense weights are read, and then, in the order in which the block uses them: what a layer reads
+and answers is gathered on both sides, the layer is quantized for it (`nf4.calibrated`), and takes its place, so
+that later layers see what it made of the text. Layers that read the same input (queries, keys and values; gate and
+up) share its second moment. Which do, and in which order layers come, is found by running the block once.
 
-Memory is that of one block, of the moments of one group of layers, and of the text's hidden states: 2 bytes for each
-token and unit of width. The head is not needed.
+A layer is to answer what it answered in the dense model, though it reads something else by now (`asymmetric`), or else
+what its dense weight answers to what it reads.
+
+Memory is that of one block, dense and quantized, of the moments of one group of layers, and of the text's hidden
+states on both sides: 4 bytes for each token and unit of width. The head is not needed.
 
 A model has to be one run of blocks over one text: LLaMA and RoBERTa, but not T5.
 """
@@ -29,9 +32,19 @@ from models.linear import Linear
 from models.model import Model, Stack
 from nf4 import QuantizedTensor
 from nf4.calibrated import Method, quantize_calibrated
-from nf4.inputs import Inputs
+from nf4.inputs import Inputs, Residuals
 
 BATCH = 4  # windows at once
+
+
+class Calibration(NamedTuple):
+    """What codes are chosen for, and how."""
+
+    windows: Int[Tensor, "windows tokens"]
+    """Text in tokens."""
+    method: Method = "feedback"
+    asymmetric: bool = True
+    """Aim at what the dense model computes, and not at what dense layers make of the quantized model's inputs."""
 
 
 class Calibrated(NamedTuple):
@@ -42,7 +55,8 @@ class Calibrated(NamedTuple):
     dense: Tensor | None = None
     """The weight that was quantized."""
     output_error: float | None = None
-    """Norm of what its quantization changes in the layer's outputs, over the norm of the outputs without bias."""
+    """How far the layer's outputs in the quantized model are from those in the dense model: the norm of the
+    difference, over the norm of what its dense weight gives."""
 
 
 class Call(NamedTuple):
@@ -57,12 +71,9 @@ class Reached(Exception):
     """The forward pass has come as far as it is wanted."""
 
 
-@torch.no_grad()
-def calibrated(
-    model: Model, values: Values, windows: Int[Tensor, "windows tokens"], method: Method, device: torch.device
-) -> Iterator[Calibrated]:
-    """Every parameter of a model that has no values yet, those of its blocks quantized for these windows of text."""
-    blocks = check(model, values, windows)
+def calibrated(model: Model, values: Values, calibration: Calibration, device: torch.device) -> Iterator[Calibrated]:
+    """Every parameter of a model that has no values yet, those of its blocks quantized for the text."""
+    blocks = check(model, values, calibration.windows)
     prefixes = tuple(f"{name}." for name in blocks)
     for name in values.shapes:
         if not name.startswith(prefixes):
@@ -70,42 +81,61 @@ def calibrated(
             yield Calibrated(name, value)
             if not name.startswith(model.heads):
                 place(model, name, value)
-    calls = [first_call(model, next(iter(blocks.values())), rows.to(device)) for rows in windows.split(BATCH)]
+    first = next(iter(blocks.values()))
+    calls = [first_call(model, first, rows.to(device)) for rows in calibration.windows.split(BATCH)]
+    as_dense = calls
     for prefix, empty in blocks.items():
-        block = deepcopy(empty).eval()  # so that its memory goes when its values are written
-        yield from calibrated_block(f"{prefix}.", block, values, calls, method, device)
-        calls = [call._replace(x=block(call.x, *call.rest, **call.named)) for call in calls]
+        # Copies, so that their memory goes with them.
+        block, dense = deepcopy(empty).eval(), deepcopy(empty).eval()
+        yield from calibrated_block(f"{prefix}.", block, dense, values, calls, as_dense, calibration, device)
+        calls, as_dense = after(block, calls), after(dense, as_dense)
+
+
+@torch.no_grad()
+def after(block: nn.Module, calls: Sequence[Call]) -> list[Call]:
+    """How the next block is called."""
+    return [call._replace(x=block(call.x, *call.rest, **call.named)) for call in calls]
 
 
 def calibrated_block(
-    prefix: str, block: nn.Module, values: Values, calls: Sequence[Call], method: Method, device: torch.device
+    prefix: str,
+    block: nn.Module,
+    dense: nn.Module,
+    values: Values,
+    calls: Sequence[Call],
+    as_dense: Sequence[Call],
+    calibration: Calibration,
+    device: torch.device,
 ) -> Iterator[Calibrated]:
-    """The parameters of one block, whose name is `prefix`; it ends up with the weights that are stored."""
-    dense = {}
+    """The parameters of one block, whose name is `prefix`; it ends up as it is stored, and `dense` as it was."""
+    weights = {}
     for name in values.shapes:
         if name.startswith(prefix):
             within = name.removeprefix(prefix)
             if values.quantizes(name):
-                dense[within] = values.dense(name, device)
-                place(block, within, dense[within].to(values.dtype))
+                weights[within] = values.dense(name, device)
+                value = weights[within].to(values.dtype)
             else:
                 value = values.make(name, device).stored
                 yield Calibrated(name, value)
-                place(block, within, value)
+            for each in (block, dense):
+                place(each, within, value)
     for group in groups(block, calls[0]):
-        inputs = gathered(block, group[0], calls)
-        for within in group:
-            name, weight = f"{prefix}{within}", dense.pop(within)
+        inputs, residuals = gathered(block, dense, group, calls, as_dense)
+        for within, missed in zip(group, residuals, strict=True):
+            name, weight = f"{prefix}{within}", weights.pop(within)
             assert values.quant is not None
             with values.blaming(name):
-                q = quantize_calibrated(weight, inputs, values.quant, method, name=name)
+                aim = missed if calibration.asymmetric else None
+                q = quantize_calibrated(weight, inputs, values.quant, calibration.method, aim, name=name)
             q = replace(q, dtype=values.dtype)
             place(block, within, q)
-            lost = inputs.error(weight.float() - kernels.dequantize(q, torch.float32))
-            yield Calibrated(name, q, weight, (lost / max(inputs.error(weight), 1e-300)) ** 0.5)
-    assert not dense, f"{prefix}: the block does not use {', '.join(dense)}"
+            lost = missed.mean_square(kernels.dequantize(q, torch.float32) - weight.float(), inputs)
+            yield Calibrated(name, q, weight, (lost / max(inputs.mean_square(weight), 1e-300)) ** 0.5)
+    assert not weights, f"{prefix}: the block does not use {', '.join(weights)}"
 
 
+@torch.no_grad()
 def groups(block: nn.Module, call: Call) -> list[list[str]]:
     """The weights of a block's linear layers in the order of their use; those that read the same input together."""
     used: list[tuple[str, Tensor]] = []
@@ -130,26 +160,47 @@ def noted(used: list[tuple[str, Tensor]], name: str) -> Callable[[nn.Module, Any
     return lambda layer, args: used.append((name, args[0]))
 
 
-def gathered(block: nn.Module, name: str, calls: Sequence[Call]) -> Inputs:
-    """The second moment of what one layer reads when the block is called so; the block is run as far as that."""
-    layer = block.get_submodule(name.removesuffix(".weight"))
-    assert isinstance(layer, Linear)
-    inputs = Inputs(layer.in_features, calls[0].x.device)
+@torch.no_grad()
+def gathered(
+    block: nn.Module, dense: nn.Module, group: Sequence[str], calls: Sequence[Call], as_dense: Sequence[Call]
+) -> tuple[Inputs, list[Residuals]]:
+    """What the layers of a group read, and by how much each of them answers something else than in the dense block."""
+    layers = [block.get_submodule(name.removesuffix(".weight")) for name in group]
+    device = calls[0].x.device
+    K = next(layer.in_features for layer in layers if isinstance(layer, Linear))
+    inputs = Inputs(K, device)
+    residuals = [Residuals(layer.out_features, K, device) for layer in layers if isinstance(layer, Linear)]
+    for call, dense_call in zip(calls, as_dense, strict=True):
+        x, answers = answered(block, group, call)
+        _, wanted = answered(dense, group, dense_call)
+        inputs.add(x)
+        for residual, y, other in zip(residuals, wanted, answers, strict=True):
+            residual.add(y.float() - other.float(), x)
+    return inputs, residuals
 
-    def take(layer: nn.Module, args: Any) -> None:
-        inputs.add(args[0])
-        raise Reached
 
-    hook = layer.register_forward_pre_hook(take)
+def answered(block: nn.Module, group: Sequence[str], call: Call) -> tuple[Tensor, list[Tensor]]:
+    """What some layers, which read the same, read and answer when the block is called so; it is run no further."""
+    read: list[Tensor] = []
+    answers: list[Tensor] = []
+
+    def take(layer: nn.Module, args: Any, output: Tensor) -> None:
+        read.append(args[0])
+        answers.append(output)
+        if len(answers) == len(group):
+            raise Reached
+
+    hooks = [block.get_submodule(name.removesuffix(".weight")).register_forward_hook(take) for name in group]
     try:
-        for call in calls:
-            with suppress(Reached):
-                block(call.x, *call.rest, **call.named)
+        with suppress(Reached):
+            block(call.x, *call.rest, **call.named)
     finally:
-        hook.remove()
-    return inputs
+        for hook in hooks:
+            hook.remove()
+    return read[0], answers
 
 
+@torch.no_grad()
 def first_call(model: Model, block: nn.Module, rows: Int[Tensor, "B T"]) -> Call:
     """What the model calls its first block with when it reads these tokens."""
     calls: list[Call] = []

@@ -8,21 +8,18 @@ layer far worse than its neighbours is worth a look.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 import nf4
-from models.calibrate import Calibrated, calibrated
+from models.calibrate import Calibrated, Calibration, calibrated
 from models.checkpoint import Values, open_checkpoint, skeleton
 from models.errors import CheckpointError, ConfigError
 from models.model import Model
 from models.tokenizer import find_tokenizer, save_tokenizer
 from models.writer import CheckpointWriter, leaf, quantization_config, unknown_to_others
 from nf4 import QuantConfig, QuantizedTensor
-from nf4.calibrated import Method
 
 
 @dataclass(frozen=True)
@@ -36,15 +33,7 @@ class LayerReport:
     snr_db: float
     max_error: float
     output_error: float | None = None
-    """By calibration: norm of what is changed in the layer's outputs, over the norm of the outputs without bias."""
-
-
-class Calibration(NamedTuple):
-    """What codes are chosen for, and how."""
-
-    windows: Int[Tensor, "windows tokens"]
-    """Text in tokens."""
-    method: Method = "feedback"
+    """With calibration: how far the layer's outputs are from those in the dense model, as a share of their norm."""
 
 
 def quantize_checkpoint(
@@ -68,7 +57,7 @@ def quantize_checkpoint(
     layers, quantized = [], {}
     with CheckpointWriter(out) as writer:
         values = Values(model, reader, quant, dtype)
-        parts = plain(values, device) if calibration is None else calibrated(model, values, *calibration, device)
+        parts = plain(values, device) if calibration is None else calibrated(model, values, calibration, device)
         for name, value, weight, output_error in parts:
             stored: Tensor | QuantizedTensor = value
             if isinstance(value, QuantizedTensor) and for_others:

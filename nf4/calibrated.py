@@ -18,7 +18,7 @@ from nf4.blockwise import INPUT_DTYPES, QuantizedTensor, block_absmax, encode, r
 from nf4.codebook import ascending, code_bits, zero_code
 from nf4.config import QuantConfig
 from nf4.feedback import with_feedback
-from nf4.inputs import Inputs
+from nf4.inputs import Inputs, Residuals
 from nf4.packing import pack
 from nf4.scales import ChosenScales
 from nf4.search import search_scales
@@ -32,13 +32,15 @@ def quantize_calibrated(
     inputs: Inputs,
     config: QuantConfig = QuantConfig(),
     method: Method = "feedback",
+    residuals: Residuals | None = None,
     *,
     name: str = "weight",
 ) -> QuantizedTensor:
     """Store a layer's weight so that its outputs change little over these inputs.
 
     Scales are absmax or searched for, as `config.scale` says; `weighted` differs from `quantize` only if they are
-    searched for. `name` is what an error message calls the weight.
+    searched for. With `residuals` the outputs are brought close to other ones: those less what the weight gives for
+    these inputs. `name` is what an error message calls the weight.
     """
     if weight.dtype not in INPUT_DTYPES:
         raise ValueError(f"{name} must be float32, float16 or bfloat16 to be quantized, not {weight.dtype}")
@@ -46,16 +48,20 @@ def quantize_calibrated(
     if inputs.moment.shape != (K, K):
         raise ValueError(f"{name} takes {K} inputs, but the second moments of {len(inputs.moment)} came")
     flat = weight.detach().reshape(-1)
-    absmax = block_absmax(flat, config.block_size)
-    refuse_non_finite(flat, absmax, weight.shape, config.block_size, name)
+    refuse_non_finite(flat, block_absmax(flat, config.block_size), weight.shape, config.block_size, name)
 
-    searched = config.scale == "search"
-    guess = search_scales(flat, absmax, config, inputs.importance.repeat(N)) if searched else absmax
+    wanted = weight.detach().float()
+    if residuals is not None:
+        wanted = residuals.fitted(wanted, inputs)
+    flat = wanted.reshape(-1)
+    guess = block_absmax(flat, config.block_size)
+    if config.scale == "search":
+        guess = search_scales(flat, guess, config, inputs.importance.repeat(N))
     scales = ChosenScales(guess, config)
     if method == "weighted":
         packed = encode(flat, scales.decoded, config)
     else:
-        found = with_feedback(weight.float(), inputs.factor, scales, config)
+        found = with_feedback(wanted, inputs.factor, scales, config)
         packed = packed_levels(found.view(-1), config.codebook)
     return QuantizedTensor(
         packed=packed,

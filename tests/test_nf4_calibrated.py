@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nf4 import QuantConfig, dequantize, dequantize_absmax, from_state_dict, quantize, quantize_absmax, to_state_dict
 from nf4.calibrated import quantize_calibrated
 from nf4.codebook import levels_of
-from nf4.inputs import DAMPING, Inputs
+from nf4.inputs import DAMPING, Inputs, Residuals
 from nf4.scales import ChosenScales
 from nf4.search import search_scales, squared_error
 from tests.strategies import block_sizes, codebooks
@@ -142,17 +142,45 @@ def test_a_scale_becomes_the_nearest_that_the_second_level_can_say(seed, blocks,
     assert torch.equal(scales.decoded[untouched], first[untouched])
 
 
-def test_moments_are_means_of_products_and_errors_those_of_outputs():
+def test_moments_are_means_of_products():
     x = correlated(700, 300).view(7, 100, 300)
-    inputs, weight, difference = inputs_of(x.view(-1, 300)), weight_of((5, 300)), weight_of((5, 300), 3)
+    inputs, weight = inputs_of(x.view(-1, 300)), weight_of((5, 300))
     rows = x.view(-1, 300).double()
     assert torch.allclose(inputs.moment.double(), rows.T @ rows / 700, rtol=1e-4, atol=1e-4)
-    assert inputs.error(difference) == pytest.approx(float((rows @ difference.double().T).square().mean()), rel=1e-4)
+    mean_square = float((rows @ weight.double().T).square().sum(1).mean())
+    assert inputs.mean_square(weight) == pytest.approx(mean_square, rel=1e-4)
     unit = inputs.factor.double()
     damped = inputs.moment.double() + DAMPING * inputs.importance.double().mean() * torch.eye(300)
     assert torch.allclose(unit @ damped @ unit.T, torch.eye(300, dtype=torch.float64), atol=1e-3)
     assert torch.equal(unit, unit.triu())
-    assert weight.shape == difference.shape
+
+
+def test_a_weight_is_fitted_to_other_outputs_by_damped_least_squares():
+    generator = torch.Generator().manual_seed(5)
+    x, weight = correlated(200, 12), weight_of((5, 12))
+    y = x @ weight_of((5, 12), 3).T + torch.randn(200, 5, generator=generator)
+    inputs, residuals = inputs_of(x), Residuals(5, 12)
+    for part in (slice(0, 60), slice(60, 200)):
+        residuals.add(y[part] - x[part] @ weight.T, x[part])
+    damping = DAMPING * float(inputs.importance.mean()) * 200
+    rows, wanted = (torch.cat([t, s * damping**0.5]) for t, s in ((x, torch.eye(12)), (y, weight.T)))
+    expected = torch.linalg.lstsq(rows.double(), wanted.double()).solution.T
+    fitted = residuals.fitted(weight, inputs)
+    assert torch.allclose(fitted.double(), expected, atol=1e-4)
+    left = float((y - x @ fitted.T).square().sum(1).mean())
+    assert residuals.mean_square(fitted - weight, inputs) == pytest.approx(left, rel=1e-4)
+
+
+def test_codes_are_chosen_for_the_outputs_that_are_wanted():
+    x, weight = correlated(2000, 64), weight_of((16, 64))
+    damaged = 0.9 * x  # as if the layers before had shrunk everything
+    inputs, residuals = inputs_of(damaged), Residuals(16, 64)
+    residuals.add((x - damaged) @ weight.T, damaged)
+    losses = []
+    for aim in (None, residuals):
+        q = quantize_calibrated(weight, inputs, QuantConfig(scale="search"), residuals=aim)
+        losses.append(float((x @ weight.T - damaged @ dequantize(q).T).square().mean()))
+    assert losses[1] < 0.3 * losses[0]
 
 
 def test_a_layer_without_input_is_quantized_for_its_weights():

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
+from models.calibrate import Calibration
 from models.device import pick_device, pick_dtype
 from models.errors import ConfigError
 from models.precision import statement_on_disk
-from models.quantize import Calibration, LayerReport, quantize_checkpoint
+from models.quantize import LayerReport, quantize_checkpoint
 from models.tokenizer import load_tokenizer
 from nf4 import QuantConfig
 from nf4.calibrated import Method
@@ -40,6 +41,8 @@ class QuantizeOptions:
     method: Method = "feedback"
     """With calibrate: error feedback over searched scales (feedback), or the search alone, with each weight's error
     counted by the mean square of its input (weighted)."""
+    asymmetric: bool = True
+    """With calibrate: aim at what layers compute in the 16-bit model, and not only for the inputs they get by now."""
     windows: int = 64
     """With calibrate: how many windows of text are drawn from the file."""
     window: int = 512
@@ -59,7 +62,7 @@ class QuantizeOptions:
         for name in ("windows", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; at least 1 is needed")
-        for name in ("method", "windows", "window", "template", "seed"):
+        for name in ("method", "asymmetric", "windows", "window", "template", "seed"):
             if self.calibrate is None and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"{name} says how to calibrate; name a text by --calibrate FILE")
 
@@ -91,7 +94,7 @@ def chosen_text(options: QuantizeOptions) -> Calibration | None:
     windows = calibration_windows(
         options.calibrate, tokenizer, options.windows, options.window, options.seed, options.template
     )
-    return Calibration(windows, options.method)
+    return Calibration(windows, options.method, options.asymmetric)
 
 
 def table_of(layers: list[LayerReport], title: str) -> "Table":
