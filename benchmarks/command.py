@@ -36,7 +36,8 @@ class BenchOptions:
     """Measure this machine, against bitsandbytes where that is installed and against dense weights."""
 
     name: Positional[str]
-    """What to measure: kernels, training, memory or planner; scale: what several GPUs would take, on paper."""
+    """What to measure: kernels, training, memory or planner; scale: what several GPUs would take, on paper;
+    codes: what better codes in the same format are worth."""
     device: str = "auto"
     """Where to measure."""
     repeats: int = 7
@@ -211,17 +212,18 @@ BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result] | str] = {
     "memory": bench_memory,
     "planner": bench_planner,
     "scale": bench_scale,
+    "codes": "benchmarks.codes",
 }
 OWNERS = {  # of the flags that are not for all
     "sizes": ("kernels",),
     "aot": ("kernels",),
     "tune": ("kernels",),
     "profile": ("training",),
-    "model": (),
-    "data": (),
-    "limit": (),
-    "seeds": (),
-    "work": (),
+    "model": ("codes",),
+    "data": ("codes",),
+    "limit": ("codes",),
+    "seeds": ("codes",),
+    "work": ("codes",),
 }
 
 

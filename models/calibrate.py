@@ -9,13 +9,14 @@ up) share its second moment. Which do, and in which order layers come, is found 
 A layer is to answer what it answered in the dense model, though it reads something else by now (`asymmetric`), or else
 what its dense weight answers to what it reads.
 
-Memory is that of one block, dense and quantized, of the moments of one group of layers, and of the text's hidden
-states on both sides: 4 bytes for each token and unit of width. The head is not needed.
+Memory is that of one block, of the moments of one group of layers, of the text's hidden states on both sides, and of
+what the layers of one dense block answer to it: all in all some 2 bytes for each token and each output of a block's
+layers. The head is not needed.
 
 A model has to be one run of blocks over one text: LLaMA and RoBERTa, but not T5.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -85,54 +86,73 @@ def calibrated(model: Model, values: Values, calibration: Calibration, device: t
     calls = [first_call(model, first, rows.to(device)) for rows in calibration.windows.split(BATCH)]
     as_dense = calls
     for prefix, empty in blocks.items():
-        # Copies, so that their memory goes with them.
-        block, dense = deepcopy(empty).eval(), deepcopy(empty).eval()
-        yield from calibrated_block(f"{prefix}.", block, dense, values, calls, as_dense, calibration, device)
-        calls, as_dense = after(block, calls), after(dense, as_dense)
+        block = deepcopy(empty).eval()  # a copy, so that its memory goes with it
+        weights = yield from filled(block, f"{prefix}.", values, device)
+        used = groups(block, calls[0])
+        assert {name for group in used for name in group} == set(weights), f"{prefix} does not use all of its layers"
+        wanted, as_dense = run(block, as_dense, list(weights))
+        for group in used:
+            inputs, residuals = gathered(block, group, calls, [wanted.pop(name) for name in group])
+            for name, missed in zip(group, residuals, strict=True):
+                found = quantized(f"{prefix}.{name}", weights.pop(name), inputs, missed, values, calibration)
+                yield found
+                place(block, name, found.stored)
+        _, calls = run(block, calls)
+
+
+def filled(
+    block: nn.Module, prefix: str, values: Values, device: torch.device
+) -> Generator[Calibrated, None, dict[str, Tensor]]:
+    """Give a block its dense weights, and back those to be quantized; the other parameters are final."""
+    weights = {}
+    for name in values.shapes:
+        if not name.startswith(prefix):
+            continue
+        within = name.removeprefix(prefix)
+        if values.quantizes(name):
+            weights[within] = values.dense(name, device)
+            place(block, within, weights[within].to(values.dtype))
+        else:
+            value = values.make(name, device).stored
+            yield Calibrated(name, value)
+            place(block, within, value)
+    return weights
+
+
+def quantized(
+    name: str, weight: Tensor, inputs: Inputs, missed: Residuals, values: Values, calibration: Calibration
+) -> Calibrated:
+    """A layer's weight as it is to be stored."""
+    assert values.quant is not None
+    aim = missed if calibration.asymmetric else None
+    with values.blaming(name):
+        q = quantize_calibrated(weight, inputs, values.quant, calibration.method, aim, name=name)
+    q = replace(q, dtype=values.dtype)
+    lost = missed.mean_square(kernels.dequantize(q, torch.float32) - weight.float(), inputs)
+    return Calibrated(name, q, weight, (lost / max(inputs.mean_square(weight), 1e-300)) ** 0.5)
 
 
 @torch.no_grad()
-def after(block: nn.Module, calls: Sequence[Call]) -> list[Call]:
-    """How the next block is called."""
-    return [call._replace(x=block(call.x, *call.rest, **call.named)) for call in calls]
+def run(
+    block: nn.Module, calls: Sequence[Call], layers: Sequence[str] = ()
+) -> tuple[dict[str, list[Tensor]], list[Call]]:
+    """What some layers of a block answer to each call, and how the next block is called."""
+    answers: dict[str, list[Tensor]] = {name: [] for name in layers}
+    hooks = [
+        block.get_submodule(name.removesuffix(".weight")).register_forward_hook(kept(found))
+        for name, found in answers.items()
+    ]
+    try:
+        after = [call._replace(x=block(call.x, *call.rest, **call.named)) for call in calls]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return answers, after
 
 
-def calibrated_block(
-    prefix: str,
-    block: nn.Module,
-    dense: nn.Module,
-    values: Values,
-    calls: Sequence[Call],
-    as_dense: Sequence[Call],
-    calibration: Calibration,
-    device: torch.device,
-) -> Iterator[Calibrated]:
-    """The parameters of one block, whose name is `prefix`; it ends up as it is stored, and `dense` as it was."""
-    weights = {}
-    for name in values.shapes:
-        if name.startswith(prefix):
-            within = name.removeprefix(prefix)
-            if values.quantizes(name):
-                weights[within] = values.dense(name, device)
-                value = weights[within].to(values.dtype)
-            else:
-                value = values.make(name, device).stored
-                yield Calibrated(name, value)
-            for each in (block, dense):
-                place(each, within, value)
-    for group in groups(block, calls[0]):
-        inputs, residuals = gathered(block, dense, group, calls, as_dense)
-        for within, missed in zip(group, residuals, strict=True):
-            name, weight = f"{prefix}{within}", weights.pop(within)
-            assert values.quant is not None
-            with values.blaming(name):
-                aim = missed if calibration.asymmetric else None
-                q = quantize_calibrated(weight, inputs, values.quant, calibration.method, aim, name=name)
-            q = replace(q, dtype=values.dtype)
-            place(block, within, q)
-            lost = missed.mean_square(kernels.dequantize(q, torch.float32) - weight.float(), inputs)
-            yield Calibrated(name, q, weight, (lost / max(inputs.mean_square(weight), 1e-300)) ** 0.5)
-    assert not weights, f"{prefix}: the block does not use {', '.join(weights)}"
+def kept(found: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+    """A hook that keeps what a layer answers."""
+    return lambda layer, args, output: found.append(output)
 
 
 @torch.no_grad()
@@ -162,25 +182,15 @@ def noted(used: list[tuple[str, Tensor]], name: str) -> Callable[[nn.Module, Any
 
 @torch.no_grad()
 def gathered(
-    block: nn.Module, dense: nn.Module, group: Sequence[str], calls: Sequence[Call], as_dense: Sequence[Call]
+    block: nn.Module, group: Sequence[str], calls: Sequence[Call], wanted: Sequence[Sequence[Tensor]]
 ) -> tuple[Inputs, list[Residuals]]:
-    """What the layers of a group read, and by how much each of them answers something else than in the dense block."""
+    """What the layers of a group read, and by how much their answers are off what is wanted; the block is run no
+    further than that.
+    """
     layers = [block.get_submodule(name.removesuffix(".weight")) for name in group]
     device = calls[0].x.device
-    K = next(layer.in_features for layer in layers if isinstance(layer, Linear))
-    inputs = Inputs(K, device)
-    residuals = [Residuals(layer.out_features, K, device) for layer in layers if isinstance(layer, Linear)]
-    for call, dense_call in zip(calls, as_dense, strict=True):
-        x, answers = answered(block, group, call)
-        _, wanted = answered(dense, group, dense_call)
-        inputs.add(x)
-        for residual, y, other in zip(residuals, wanted, answers, strict=True):
-            residual.add(y.float() - other.float(), x)
-    return inputs, residuals
-
-
-def answered(block: nn.Module, group: Sequence[str], call: Call) -> tuple[Tensor, list[Tensor]]:
-    """What some layers, which read the same, read and answer when the block is called so; it is run no further."""
+    sizes = [(layer.out_features, layer.in_features) for layer in layers if isinstance(layer, Linear)]
+    inputs, residuals = Inputs(sizes[0][1], device), [Residuals(*size, device) for size in sizes]
     read: list[Tensor] = []
     answers: list[Tensor] = []
 
@@ -190,14 +200,20 @@ def answered(block: nn.Module, group: Sequence[str], call: Call) -> tuple[Tensor
         if len(answers) == len(group):
             raise Reached
 
-    hooks = [block.get_submodule(name.removesuffix(".weight")).register_forward_hook(take) for name in group]
+    hooks = [layer.register_forward_hook(take) for layer in layers]
     try:
-        with suppress(Reached):
-            block(call.x, *call.rest, **call.named)
+        for call, *wants in zip(calls, *wanted, strict=True):
+            with suppress(Reached):
+                block(call.x, *call.rest, **call.named)
+            inputs.add(read[0])
+            for residual, y, other in zip(residuals, wants, answers, strict=True):
+                residual.add(y.float() - other.float(), read[0])
+            read.clear()
+            answers.clear()
     finally:
         for hook in hooks:
             hook.remove()
-    return read[0], answers
+    return inputs, residuals
 
 
 @torch.no_grad()
