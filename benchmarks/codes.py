@@ -174,6 +174,7 @@ def checkpoint(setting: Setting, name: str, way: Way) -> Path:
     return path
 
 
+@torch.no_grad()
 def weights_of(model: Llama, setting: Setting) -> dict[str, Any]:
     """Bits for each weight of the blocks' linear layers, adapters included, and their relative error."""
     dense = models.load(setting.model, dtype=torch.bfloat16, device=setting.device)
