@@ -135,12 +135,11 @@ def settings(options: "BenchOptions", work: Path) -> tuple[Setting, list[dict[st
     return Setting(model, str(pick_device(options.device)), corpora, text, work, kept), [*data, shape]
 
 
-def ladder(setting: Setting, tell: Callable[[str], Any], names: Sequence[str] = tuple(LADDER)) -> list[dict[str, Any]]:
-    """A row for each way, measured or as it was kept; the first two have to be among them."""
+def ladder(setting: Setting, tell: Callable[[str], Any], names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """A row for each way, measured or as it was kept; if only some are named, the first two have to be among them."""
     found = {}
-    for name in names:
-        way = LADDER[name]
-        found[name] = setting.kept.made(name, partial(measured, setting, name, way))
+    for name in names or LADDER:
+        found[name] = setting.kept.made(name, partial(measured, setting, name, LADDER[name]))
         tell(f"{name}: done")
     return [row(name, result, found) for name, result in found.items()]
 
