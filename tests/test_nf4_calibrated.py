@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nf4 import QuantConfig, dequantize, dequantize_absmax, from_state_dict, quantize, quantize_absmax, to_state_dict
@@ -38,6 +38,7 @@ def weight_of(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
 
 
+@settings(max_examples=20)
 @given(shape=shapes, name=codebooks, block_size=block_sizes, double_quant=st.booleans(), scale=scales, seed=seeds)
 def test_feedback_is_what_its_definition_gives_for_the_scales_that_are_stored(
     shape, name, block_size, double_quant, scale, seed
@@ -60,6 +61,7 @@ def test_feedback_is_what_its_definition_gives_for_the_scales_that_are_stored(
         rest[:, j:] -= error[:, None] * inverse[0]
 
 
+@settings(max_examples=20)
 @given(shape=shapes, name=codebooks, block_size=block_sizes, double_quant=st.booleans(), seed=seeds)
 def test_without_correlation_there_is_nothing_to_make_up_for(shape, name, block_size, double_quant, seed):
     config = QuantConfig(name, block_size, double_quant, scale="search")
@@ -85,6 +87,7 @@ def test_each_way_loses_less_of_the_outputs_than_the_one_before(config):
     assert all(q.nbytes == stored[0].nbytes for q in stored)
 
 
+@settings(max_examples=20)
 @given(shape=shapes, name=st.sampled_from(["nf4", "fp4"]), double_quant=st.booleans(), seed=seeds)
 def test_any_reader_decodes_it(shape, name, double_quant, seed):
     weight = weight_of(shape, seed)
