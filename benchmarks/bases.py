@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from benchmarks.codes import Setting
 
 STEPS = 16
-WINDOWS = 16  # of each of the ladder's texts
+WINDOWS = 8  # of each of the ladder's texts
 TRAINING = DataConfig(path=str(DATA), template="chat", max_len=256, eval_size=0.1)
 
 
