@@ -102,6 +102,16 @@ def test_it_comes_out_the_same_again(source, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_what_earlier_layers_did_is_made_up_for_by_later_ones(source, tmp_path):
+    _, blind = quantized(source, tmp_path / "blind", asymmetric=False)
+    _, aware = quantized(source, tmp_path / "aware", asymmetric=True)
+    assert sum(layer.output_error for layer in aware.values()) < 0.9 * sum(
+        layer.output_error for layer in blind.values()
+    )
+    first = "model.layers.0.self_attn.q_proj.weight"  # before it nothing is quantized
+    assert aware[first].output_error == pytest.approx(blind[first].output_error, rel=0.02)
+
+
 def test_roberta_is_calibrated_with_blocks_that_cross_rows(tmp_path):
     source = tiny_roberta.checkpoint(tmp_path / "source")
     text = torch.randint(4, 20, (8, 30), generator=torch.Generator().manual_seed(0))

@@ -66,6 +66,11 @@ def test_the_command_writes_a_checkpoint_and_tells_both_errors(source, files, tm
     assert len(result["layers"]) == 14
     assert all(0 < layer["output_error"] < layer["relative_error"] for layer in result["layers"])
     assert models.load(out).config.hidden_size == 64
+    how = ["--method", "weighted", "--no-asymmetric", "--seed", "1"]
+    assert main(["quantize", str(source), str(tmp_path / "other"), *arguments, *how]) == 0
+    other = json.loads(capsys.readouterr().out)
+    total, less = (sum(layer["output_error"] for layer in each["layers"]) for each in (other, result))
+    assert less < 0.9 * total
 
 
 def test_how_to_calibrate_needs_a_text(capsys):
