@@ -73,6 +73,15 @@ def test_without_correlation_there_is_nothing_to_make_up_for(shape, name, block_
     assert torch.allclose(found[0].scales, found[1].scales)
 
 
+def test_an_error_that_none_makes_up_for_counts_by_its_damped_input():
+    config, weight = QuantConfig(block_size=32, double_quant=False, scale="search"), weight_of((64, 64))
+    inputs = inputs_of(torch.diag(torch.rand(64, generator=torch.Generator().manual_seed(0)).pow(3)))
+    importance = (inputs.importance + DAMPING * inputs.importance.mean()).repeat(64)
+    expected = search_scales(weight.flatten(), weight.view(-1, 32).abs().amax(1), config, importance)
+    found = quantize_calibrated(weight, inputs, config).scales
+    assert (found - expected).abs().gt(1e-3).sum() <= 2  # of 128: two candidates may be as good as each other
+
+
 @pytest.mark.parametrize("config", [QuantConfig(), QuantConfig(block_size=32), QuantConfig("int4", 64, False)])
 def test_each_way_loses_less_of_the_outputs_than_the_one_before(config):
     x = correlated(2000, 256)
