@@ -22,7 +22,7 @@ class Verb:
 VERBS = {
     "demo": Verb("train.demo", "DemoOptions", "command", "the main job on a real model and real data"),
     "doctor": Verb("train.doctor", "DoctorOptions", "command", "what this machine has, with a self-test"),
-    "quantize": Verb("models.quantize", "QuantizeOptions", "command", "raw checkpoint to NF4 safetensors"),
+    "quantize": Verb("train.quantize", "QuantizeOptions", "command", "raw checkpoint to NF4 safetensors"),
     "inspect": Verb("models.inspection", "InspectOptions", "command", "what a checkpoint, an adapter or a run is"),
     "data": Verb("train.data.check", "DataOptions", "command", "check or preview a data file as training sees it"),
     "estimate": Verb("train.planner.command", "EstimateOptions", "command", "memory plan: every byte, and what fits"),

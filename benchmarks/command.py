@@ -280,6 +280,7 @@ BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result] | str] = {
     "memory": bench_memory,
     "planner": bench_planner,
     "scale": bench_scale,
+    "codes": "benchmarks.codes",
 }
 OWNERS = {  # of the flags that are not for all
     "sizes": ("kernels",),

@@ -167,14 +167,18 @@ class Values:
             if name in self.stored:
                 q = self.as_stored(name, {part: self.reader.read(part) for part in self.stored[name]}).to(device)
                 return Made(q if name in self.linears else kernels.dequantize(q, self.dtype))
-            weight = check_dense(name, self.reader.read(name)).to(device)
+            weight = self.dense(name, device)
             if self.quantizes(name):
                 assert self.quant is not None
-                weight = weight.to(self.reader.released_dtype or self.dtype)
                 return Made(replace(kernels.quantize(weight, self.quant, name=name), dtype=self.dtype), weight)
-            weight = weight.to(self.dtype)
             refuse_non_finite(weight, name)
             return Made(weight)
+
+    def dense(self, name: str, device: torch.device) -> Tensor:
+        """A weight that is dense in the file: as it is to be stored, or as it is to be quantized."""
+        weight = check_dense(name, self.reader.read(name)).to(device)
+        released = self.reader.released_dtype if self.quantizes(name) else None
+        return weight.to(released or self.dtype)
 
     def as_stored(self, name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
         """A weight that the file has in 4 bits, of the tensors that make it up."""
@@ -223,8 +227,8 @@ def linear_weights(model: Model) -> dict[str, Linear]:
     return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
 
 
-def place(model: Model, name: str, value: Tensor | QuantizedTensor) -> None:
-    """Put a parameter into the model; a quantized weight brings the layer that can use it."""
+def place(model: nn.Module, name: str, value: Tensor | QuantizedTensor) -> None:
+    """Put a parameter into the model, or a part of it; a quantized weight brings the layer that can use it."""
     owner, leaf = name.rpartition(".")[::2]
     module = model.get_submodule(owner)
     if isinstance(value, QuantizedTensor):

@@ -20,6 +20,9 @@ become.
    error.
 3. Compare with absmax exactly, and keep absmax unless the search is strictly better.
 
+Not every weight matters alike: what a weight multiplies may be large on average or small. With an `importance` m_j
+for each weight, such as the mean square of its input, all sums have it as a factor: sum m_j (w_j - s level_j)^2.
+
 Without double quantization no block has a larger error than with absmax. With it the scales are rounded to
 8 bits afterwards and the codes chosen anew for the decoded scales. A single block may then come out worse,
 a weight as a whole may not: its error is measured under the decoded scales of the search and of absmax, and
@@ -53,29 +56,57 @@ CHUNK = 1 << 20  # weights handled at once; a block is never divided
 
 
 def search_scales(
-    flat: Float[Tensor, " n"], absmax: Float32[Tensor, " num_blocks"], config: QuantConfig
+    flat: Float[Tensor, " n"],
+    absmax: Float32[Tensor, " num_blocks"],
+    config: QuantConfig,
+    importance: Float32[Tensor, " n"] | None = None,
 ) -> Float32[Tensor, " num_blocks"]:
-    """The scale of each block with the least squared error that was found; it may be negative."""
+    """The scale of each block with the least squared error that was found; it may be negative.
+
+    `importance` is a factor, not negative, of each weight's squared error.
+    """
     scales = absmax.clone()
     largest = torch.finfo(flat.dtype).max  # a scale beyond it would decode to infinity
     for first, blocks in chunks(flat, config.block_size):
-        own = absmax[first : first + len(blocks)]
-        unit = blocks / own.clamp_min(1e-38)[:, None]  # so that no square can overflow
-        ratio = best_ratio(unit, config.codebook)
-        for _ in range(REFITS):
-            levels = nearest_levels(unit, ratio, config.codebook)
-            ratio = (unit * levels).sum(1) / levels.square().sum(1).clamp_min(1e-20)
-        found = (ratio * own).clamp(-largest, largest)
-        error, error_of_absmax = (squared_error(blocks, s, config.codebook) for s in (found, own))
-        scales[first : first + len(blocks)] = torch.where(error < error_of_absmax * (1 - 1e-6), found, own)
+        part = slice(first, first + len(blocks))
+        factors = None
+        if importance is not None:
+            start = first * config.block_size
+            (_, factors), *_ = chunks(importance[start : start + blocks.numel()], config.block_size, blocks.numel())
+        scales[part] = search_blocks(blocks, absmax[part], config.codebook, factors, largest)
     return scales
 
 
-def best_ratio(unit: Float32[Tensor, "blocks block_size"], name: str) -> Float32[Tensor, " blocks"]:
+def search_blocks(
+    blocks: Float32[Tensor, "blocks block_size"],
+    absmax: Float32[Tensor, " blocks"],
+    name: str,
+    importance: Float32[Tensor, "blocks block_size"] | None = None,
+    largest: float = torch.finfo(torch.float32).max,
+) -> Float32[Tensor, " blocks"]:
+    """`search_scales` for whole blocks; no scale is larger than `largest`."""
+    if importance is not None:  # only what weights are worth beside each other in a block counts
+        importance = importance / importance.amax(1, keepdim=True).clamp_min(1e-38)
+    unit = blocks / absmax.clamp_min(1e-38)[:, None]  # so that no square can overflow
+    ratio = best_ratio(unit, name, importance)
+    for _ in range(REFITS):
+        levels = nearest_levels(unit, ratio, name)
+        counted = levels if importance is None else importance * levels
+        ratio = (unit * counted).sum(1) / (levels * counted).sum(1).clamp_min(1e-20)
+    found = (ratio * absmax).clamp(-largest, largest)
+    error, error_of_absmax = (squared_error(blocks, s, name, importance) for s in (found, absmax))
+    return torch.where(error < error_of_absmax * (1 - 1e-6), found, absmax)
+
+
+def best_ratio(
+    unit: Float32[Tensor, "blocks block_size"],
+    name: str,
+    importance: Float32[Tensor, "blocks block_size"] | None = None,
+) -> Float32[Tensor, " blocks"]:
     """Of the candidate ratios, the one whose codes leave the least error once their scale is refitted."""
     table, ratios = candidate_table(name, unit.device)
     cells = ((unit + 1) * ((GRID - 1) / 2)).round_().int()
-    sums = F.embedding_bag(cells, table, mode="sum")  # (blocks, 2 * candidates)
+    sums = F.embedding_bag(cells, table, mode="sum", per_sample_weights=importance)  # (blocks, 2 * candidates)
     a, b = sums.chunk(2, dim=1)
     return ratios[(a.square() / b.clamp_min(1e-20)).argmax(1)]
 
@@ -91,11 +122,15 @@ def nearest_levels(
 
 
 def squared_error(
-    blocks: Float32[Tensor, "blocks block_size"], scales: Float32[Tensor, " blocks"], name: str
+    blocks: Float32[Tensor, "blocks block_size"],
+    scales: Float32[Tensor, " blocks"],
+    name: str,
+    importance: Float32[Tensor, "blocks block_size"] | None = None,
 ) -> Float64[Tensor, " blocks"]:
     """The squared error of each block, decoded as a reader does; summed in float64."""
     decoded = nearest_levels(blocks, scales, name).mul_(scales[:, None])
-    return (blocks - decoded).double().square_().sum(1)
+    squares = (blocks - decoded).double().square_()
+    return (squares if importance is None else squares * importance).sum(1)
 
 
 def squared_errors(
@@ -109,14 +144,16 @@ def squared_errors(
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=flat.device)
 
 
-def chunks(flat: Float[Tensor, " n"], block_size: int) -> Iterator[tuple[int, Float32[Tensor, "blocks block_size"]]]:
+def chunks(
+    flat: Float[Tensor, " n"], block_size: int, size: int = CHUNK
+) -> Iterator[tuple[int, Float32[Tensor, "blocks block_size"]]]:
     """The weights in float32, some blocks at a time, with the number of the first; the last is filled with
     zeros.
 
     Zeros take the level 0 under every scale and so add nothing to any sum here.
     """
     block_size = min(block_size, max(len(flat), 1))
-    step = max(CHUNK // block_size, 1) * block_size
+    step = max(size // block_size, 1) * block_size
     for start in range(0, len(flat), step):
         part = flat[start : start + step].float()
         yield start // block_size, F.pad(part, (0, -len(part) % block_size)).view(-1, block_size)
