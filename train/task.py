@@ -6,7 +6,7 @@ RoBERTa gives a text a class or a number.
 
 from dataclasses import dataclass, replace
 
-from models import ConfigError, DataError
+from models import ConfigError, DataError, PrefixConfig
 from models.checkpoint import Description
 from train.data.dataset import Task
 from train.data.examples import Examples, open_examples
@@ -54,10 +54,12 @@ def plan(config: RunConfig, base: Description) -> Plan:
     examples = open_examples(config.data.path, config.data.format)
     task = label_task(config, examples)
     data = config.data if config.data.max_len is not None else replace(config.data, max_len=base.config.max_tokens)
-    lora = config.lora
-    if config.adapters and CLASSIFIER not in lora.modules_to_save:
-        lora = replace(lora, modules_to_save=(*lora.modules_to_save, CLASSIFIER))
-    return Plan(replace(config, task=task, data=data, lora=lora), task, tuple(examples.label_names))
+    config = replace(config, task=task, data=data)
+    adapter = config.adapter
+    if config.adapters and not isinstance(adapter, PrefixConfig) and CLASSIFIER not in adapter.modules_to_save:
+        adapter = replace(adapter, modules_to_save=(*adapter.modules_to_save, CLASSIFIER))
+        config = replace(config, **{config.method: adapter})
+    return Plan(config, task, tuple(examples.label_names))
 
 
 def label_task(config: RunConfig, examples: Examples) -> Task:
