@@ -19,7 +19,7 @@ from models.whole import trained_parameters
 from tests.golden import GOLDEN
 
 NF4 = nf4.QuantConfig()
-LLAMA, T5, ROBERTA = "llama-gqa", "t5-v1_0", "roberta-classify"
+LLAMA, T5, ROBERTA = "llama-gqa", "t5-v1_1", "roberta-classify"
 IDS = (torch.arange(3, 27).view(2, 12) * 7) % 90 + 3
 TEXT = (5, 17, 40, 8, 61)
 LABELS = {LLAMA: IDS, T5: IDS[:, :6], ROBERTA: torch.tensor([1, 0])}
@@ -197,13 +197,8 @@ def test_a_scaled_layers_gradients_are_those_of_the_dense_formula(on_input):
 @EACH
 def test_as_many_numbers_are_trained_as_the_formula_says(name, config):
     model = base(name)
-    biases = sum(
-        p.numel()
-        for s in model.modules()
-        if isinstance(s, Stack)
-        for n, p in s.named_parameters()
-        if n.endswith("bias")
-    )
+    stacks = [stack for stack in model.modules() if isinstance(stack, Stack)]
+    biases = sum(p.numel() for stack in stacks for n, p in stack.named_parameters() if n.endswith("bias"))
     c = model.config.to_dict()
     models.attach(model, config)
     count = sum(p.numel() for p in trained_parameters(model).values())
@@ -213,14 +208,10 @@ def test_as_many_numbers_are_trained_as_the_formula_says(name, config):
         expected = {IA3: 2 * kv + inner, BITFIT: queries + 2 * kv + 2 * width + 2 * inner, PREFIX: 5 * 2 * kv}[config]
         assert count == c["num_hidden_layers"] * expected
     elif name == T5:
-        heads, blocks, decoder = (
-            c["num_heads"] * c["d_kv"],
-            c["num_layers"] + c["num_decoder_layers"],
-            c["num_decoder_layers"],
-        )
-        attentions = blocks + decoder
+        heads, blocks = c["num_heads"] * c["d_kv"], c["num_layers"] + c["num_decoder_layers"]
+        attentions = blocks + c["num_decoder_layers"]
         ia3 = 2 * heads * attentions + c["d_ff"] * blocks
-        bitfit = (3 * heads + c["d_model"]) * attentions + (c["d_ff"] + c["d_model"]) * blocks
+        bitfit = (3 * heads + c["d_model"]) * attentions + (2 * c["d_ff"] + c["d_model"]) * blocks
         assert count == {IA3: ia3, BITFIT: bitfit}[config]
     else:
         ia3 = c["num_hidden_layers"] * (2 * c["hidden_size"] + c["intermediate_size"])

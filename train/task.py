@@ -48,6 +48,11 @@ def plan(config: RunConfig, base: Description) -> Plan:
             f"adapters is false, but {config.model} is stored in 4 bits, and those cannot be trained; "
             "give the original checkpoint, or train adapters"
         )
+    if config.method == "prefix" and base.architecture != "llama":
+        raise ConfigError(
+            f"method is prefix, but {config.model} is {NAMES[base.architecture]}, and prefixes are for a LLaMA here; "
+            "choose lora, ia3 or bitfit"
+        )
     if base.architecture != "roberta":
         return Plan(replace(config, task=able[0]), able[0])
 
