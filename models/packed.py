@@ -58,8 +58,8 @@ def attend(
 ) -> Float[Tensor, "B H T C"]:
     """Causal attention within each text, each behind the prefix if there is one; nothing comes out for padding."""
 
-    def alone(*text: Tensor) -> Tensor:
-        return kernels.attention(*text) if prefix is None else attend_behind(prefix, *text, None)
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.attention(q, k, v) if prefix is None else attend_behind(prefix, q, k, v, None)
 
     rows = []
     for row, *tensors in zip(pieces.rows, q.split(1), k.split(1), v.split(1), strict=True):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import kernels.ops
 import models
 import nf4
-from models.attachment import attached
+from models.attachment import adapted_layers, attached
 from models.linear import NF4Linear
 from models.model import Stack
 from models.peft_methods import peft_config
@@ -131,7 +131,9 @@ def test_a_prefix_is_laid_out_as_peft_reads_it(tmp_path):
     # peft/peft_model.py, get_prompt: past_key_values of one row
     heads, width = raw["num_attention_heads"], raw["token_dim"] // raw["num_attention_heads"]
     past = tensors["prompt_embeddings"].view(1, 5, raw["num_layers"] * 2, heads, width).permute(2, 0, 3, 1, 4).split(2)
+    assert isinstance(model, models.Llama)
     own = model.model.prefixes(torch.float32)
+    assert own is not None
     assert (raw["peft_type"], raw["num_virtual_tokens"], raw["prefix_projection"]) == ("PREFIX_TUNING", 5, False)
     assert all(torch.equal(own[i], pair[:, 0]) for i, pair in enumerate(past))
 
@@ -142,7 +144,7 @@ def test_without_a_text_a_prefix_is_random_tokens_by_torchs_seed_or_random_numbe
         model = base()
         torch.manual_seed(seed)
         models.attach(model, models.PrefixConfig(num_virtual_tokens=300, init=init))
-        found.append(model.model.prompt_embeddings.detach())
+        found.append(trained_parameters(model)["model.prompt_embeddings"].detach())
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     assert found[3].std() == pytest.approx(0.02, rel=0.05)
@@ -161,7 +163,7 @@ def test_gradients_are_those_of_finite_differences_with_blocks_kept_or_computed_
         model.loss(**given).backward()
         parameters = trained_parameters(model)
         assert all(p.grad is not None for p in parameters.values())
-        found.append({name: p.grad for name, p in parameters.items()})
+        found.append({name: p.grad for name, p in parameters.items() if p.grad is not None})
     for one, other in zip(found[0].values(), found[1].values(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
     torch.manual_seed(1)
@@ -181,16 +183,17 @@ def test_gradients_are_those_of_finite_differences_with_blocks_kept_or_computed_
 @pytest.mark.parametrize("on_input", [False, True])
 def test_a_scaled_layers_gradients_are_those_of_the_dense_formula(on_input):
     torch.manual_seed(0)
-    layer = NF4Linear(nf4.quantize(torch.randn(24, 64)), torch.nn.Parameter(torch.randn(24)))
+    bias = torch.nn.Parameter(torch.randn(24))
+    layer = NF4Linear(nf4.quantize(torch.randn(24, 64)), bias)
     shape = (1, 64) if on_input else (24, 1)
     layer.ia3_l, layer.ia3_on_input = torch.nn.Parameter(torch.rand(shape) + 0.5), on_input
     x, dy = torch.randn(3, 5, 64, requires_grad=True), torch.randn(3, 5, 24)
     y = layer(x)
-    ours = torch.autograd.grad(y, (x, layer.ia3_l, layer.bias), dy)
+    ours = torch.autograd.grad(y, (x, layer.ia3_l, bias), dy)
     W, vector = layer.dense_weight(), layer.ia3_l.flatten()
-    expected = (x * vector) @ W.T + layer.bias if on_input else vector * (x @ W.T + layer.bias)
+    expected = (x * vector) @ W.T + bias if on_input else vector * (x @ W.T + bias)
     torch.testing.assert_close(y, expected)
-    for one, other in zip(ours, torch.autograd.grad(expected, (x, layer.ia3_l, layer.bias), dy), strict=True):
+    for one, other in zip(ours, torch.autograd.grad(expected, (x, layer.ia3_l, bias), dy), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -311,8 +314,12 @@ def test_merged_it_is_the_same_model_or_refused(tmp_path, name, config, quant):
 
 def test_merging_does_not_move_a_bias_that_is_scaled_on_its_inputs():
     model = with_adapter(ROBERTA, IA3)
-    layers = {n: m for n, m in model.named_modules() if getattr(m, "ia3_l", None) is not None}
-    before = {n: (m.bias.detach().clone(), m.ia3_on_input, m.ia3_l.detach().flatten()) for n, m in layers.items()}
+    before = {}
+    for name, m in adapted_layers(model):
+        assert m.bias is not None
+        assert m.ia3_l is not None
+        before[name] = m.bias.detach().clone(), m.ia3_on_input, m.ia3_l.detach().flatten()
+    assert len(before) == 6
     models.merge_adapter(model)
     for name, (bias, on_input, vector) in before.items():
         assert torch.equal(model.get_parameter(f"{name}.bias"), bias if on_input else bias * vector)

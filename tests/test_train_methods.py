@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ from train.planner.plan import plan
 from train.recipe import RunConfig
 
 SETTINGS = (
-    "--batch-size 2 --accumulation 1 --max-steps 2 --save-steps 0 --no-dry-step --dtype float32 --device cpu --data.eval-size 2 "
-    "--optimizer.learning-rate 1e-2 --optimizer.warmup-steps 0 --quiet"
+    "--batch-size 2 --accumulation 1 --max-steps 2 --save-steps 0 --no-dry-step --dtype float32 --device cpu "
+    "--data.eval-size 2 --optimizer.learning-rate 1e-2 --optimizer.warmup-steps 0 --quiet"
 )
 METHODS = {"ia3": (), "bitfit": (), "prefix": ("--prefix.num-virtual-tokens", "4", "--prefix.init-text", "It is red.")}
 EACH = pytest.mark.parametrize("method", METHODS)
@@ -51,7 +52,7 @@ def flags(folder, name, *more, model="llama", data="colours.jsonl"):
 @pytest.fixture(scope="module")
 def runs(folder):
     """A run of each method, and one that stopped half-way and went on."""
-    jobs = []
+    jobs: list[tuple[Any, ...]] = []
     for method, more in METHODS.items():
         jobs.append(("train", flags(folder, method, "--method", method, *more)))
         jobs.append(("train", flags(folder, f"{method}-stopped", "--method", method, *more), ("sigterm", 1)))

@@ -5,6 +5,7 @@ RoBERTa gives a text a class or a number.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from models import ConfigError, DataError, PrefixConfig
 from models.checkpoint import Description
@@ -63,7 +64,8 @@ def plan(config: RunConfig, base: Description) -> Plan:
     adapter = config.adapter
     if config.adapters and not isinstance(adapter, PrefixConfig) and CLASSIFIER not in adapter.modules_to_save:
         adapter = replace(adapter, modules_to_save=(*adapter.modules_to_save, CLASSIFIER))
-        config = replace(config, **{config.method: adapter})
+        chosen: dict[str, Any] = {config.method: adapter}
+        config = replace(config, **chosen)
     return Plan(config, task, tuple(examples.label_names))
 
 
