@@ -211,17 +211,18 @@ BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result] | str] = {
     "memory": bench_memory,
     "planner": bench_planner,
     "scale": bench_scale,
+    "ablation-toy": "benchmarks.ablation_toy",
 }
 OWNERS = {  # of the flags that are not for all
     "sizes": ("kernels",),
     "aot": ("kernels",),
     "tune": ("kernels",),
     "profile": ("training",),
-    "model": (),
+    "model": ("ablation-toy",),
     "data": (),
-    "limit": (),
-    "seeds": (),
-    "work": (),
+    "limit": ("ablation-toy",),
+    "seeds": ("ablation-toy",),
+    "work": ("ablation-toy",),
 }
 
 
