@@ -9,11 +9,9 @@ all are judged by the same held-out stories, and compared with rank 8 on every l
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 import models
+from benchmarks.ablation import points, shown
 from eval.scoring import token_losses
 from models import AdapterConfig, LoraConfig, Model
 from models.device import pick_device
@@ -203,12 +202,6 @@ def bench(options: Any, console: "Console") -> dict[str, Any]:
     return result
 
 
-def shown(row: dict[str, Any]) -> list[str]:
-    """A row's two intervals as text."""
-    parts = (row["loss"], row["over_reference"])
-    return [f"{part['mean']:.4f}" + (f" ± {part['half']:.4f}" if part["half"] else "") for part in parts]
-
-
 def draw(result: dict[str, Any], target: Path) -> None:
     """Layers, ranks and methods: held-out loss with its interval over seeds, as in the paper's Figures 2 and 4."""
     from matplotlib.figure import Figure
@@ -216,26 +209,13 @@ def draw(result: dict[str, Any], target: Path) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     layers, ranks, methods = figure.subplots(1, 3, sharey=True)
     rows, first = result["rows"], result["rows"][0]
-    bars(layers, [row for row in rows if row["group"] == "layers"], "layers, as many numbers")
+    points(layers, [row for row in rows if row["group"] == "layers"])
+    layers.set(title="layers, with as many numbers")
     sizes = {int(row["setting"].split()[1]): row for row in rows if row["group"] == "ranks"} | {8: first}
-    chosen = [sizes[rank] for rank in sorted(sizes)]
-    points(ranks, sorted(sizes), chosen)
-    ranks.set_xscale("log", base=2)
-    ranks.set(xlabel="rank, on all layers", title="ranks")
-    bars(methods, [first, *(row for row in rows if row["group"] in ("dropout", "variants", "methods"))], "methods")
+    points(ranks, [sizes[rank] | {"setting": f"rank {rank}"} for rank in sorted(sizes)])
+    ranks.set(title="ranks, on all layers")
+    points(methods, [first, *(row for row in rows if row["group"] in ("dropout", "variants", "methods"))])
+    methods.set(title="methods")
     layers.set_ylabel("held-out loss (nats per token)")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
-
-
-def bars(axes: Any, rows: Sequence[dict[str, Any]], title: str) -> None:
-    points(axes, range(len(rows)), rows)
-    axes.set_xticks(range(len(rows)), [row["setting"] for row in rows], rotation=60, ha="right", fontsize=7)
-    axes.set(title=title)
-
-
-def points(axes: Any, places: Sequence[int], rows: Sequence[dict[str, Any]]) -> None:
-    means, halves = [row["loss"]["mean"] for row in rows], [row["loss"]["half"] or 0 for row in rows]
-    axes.errorbar(places, means, yerr=halves, fmt="o", capsize=4)
-    axes.axhline(fmean(means[:1]), color="0.6", linewidth=0.8, linestyle="--")
-    axes.spines[["top", "right"]].set_visible(False)

@@ -211,6 +211,7 @@ BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result] | str] = {
     "memory": bench_memory,
     "planner": bench_planner,
     "scale": bench_scale,
+    "ablation": "benchmarks.ablation",
     "ablation-toy": "benchmarks.ablation_toy",
 }
 OWNERS = {  # of the flags that are not for all
@@ -218,11 +219,11 @@ OWNERS = {  # of the flags that are not for all
     "aot": ("kernels",),
     "tune": ("kernels",),
     "profile": ("training",),
-    "model": ("ablation-toy",),
-    "data": (),
+    "model": ("ablation", "ablation-toy"),
+    "data": ("ablation",),
     "limit": ("ablation-toy",),
     "seeds": ("ablation-toy",),
-    "work": ("ablation-toy",),
+    "work": ("ablation", "ablation-toy"),
 }
 
 
