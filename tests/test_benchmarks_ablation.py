@@ -92,14 +92,14 @@ def test_a_toy_run_learns_and_is_remembered(tmp_path, monkeypatch):
         ablation_toy, "settings", lambda: [ablation_toy.Setting("layers", "few", ablation_toy.LORA, (1e-2,))]
     )
     ablation_toy.stories.cache_clear()
-    found = ablation_toy.measure(str(ablation_toy.STORIES), 2, torch.device("cpu"), str(tmp_path))
+    found = ablation_toy.measure(str(ablation_toy.STORIES), 1, torch.device("cpu"), str(tmp_path))
     ablation_toy.stories.cache_clear()
     (row,) = found["rows"]
     assert row["loss"]["mean"] < found["untrained_loss"]
     assert row["trained"] == 5 * 8 * 1156
     monkeypatch.setattr(ablation_toy, "trained", None)
     assert (
-        ablation_toy.Journal(str(tmp_path)).losses("", ablation_toy.settings()[0], 1e-2, 2, torch.device("cpu"))[
+        ablation_toy.Journal(str(tmp_path)).losses("", ablation_toy.settings()[0], 1e-2, 1, torch.device("cpu"))[
             "judged"
         ]
         > 0
