@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.attachment import attached, refuse_second
 from models.errors import CheckpointError
-from models.lora import LoraConfig, adapted_layers, adapter_shapes, attached, prepare_lora
 from models.loralib import loralib_file, read_loralib
+from models.methods import AdapterConfig, adapter_shapes, prepare
 from models.parallel import shares
-from models.peft_config import peft_config, read_peft_config
-from models.peft_names import PREFIX, released_name
+from models.peft_methods import peft_config, read_peft_config
+from models.peft_names import file_name, released_name
 from models.readers import Reader, RenamedReader, SafetensorsReader, TorchReader
 from models.tied_head import refuse_untied, tied_heads, with_tied_heads
 from models.whole import trained_parameter
@@ -36,9 +37,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     Adapters with NaN or infinity are refused: whoever finds them later has lost the training that made them.
     """
     trained = with_tied_heads(model, adapter_tensors(model))
-    tensors = {PREFIX + name: t.cpu().contiguous() for name, t in trained.items()}
+    tensors = {file_name(name): t.cpu().contiguous() for name, t in trained.items()}
     if not tensors:
-        raise ValueError("the model has no adapters; attach_lora makes them")
+        raise ValueError("the model has no adapters; attach makes them")
     broken = [name for name, t in tensors.items() if not bool(t.isfinite().all())]
     if broken:
         raise ValueError(
@@ -70,8 +71,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, alpha: float | None = No
 
 def prepare_adapter(model: nn.Module, path: str | Path, *, alpha: float | None = None) -> Callable[[], None]:
     """Do as `load_adapter` does but leave the adapters without values, and give what fills them."""
-    if next(adapted_layers(model), None) is not None:
-        raise ValueError("the model already has adapters; merge_adapter removes them")
+    refuse_second(model)
     path = Path(path)
     old = loralib_file(path)
     if old is not None:
@@ -83,7 +83,7 @@ def prepare_adapter(model: nn.Module, path: str | Path, *, alpha: float | None =
 
     check(model, config, reader, path)
     with unfitting(path):
-        start = prepare_lora(model, config)
+        start = prepare(model, config)
 
     def fill() -> None:
         with unfitting(path):
@@ -105,7 +105,7 @@ def unfitting(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: does not fit this model ({error})") from error
 
 
-def read_peft(directory: Path, model: nn.Module) -> tuple[Reader, LoraConfig]:
+def read_peft(directory: Path, model: nn.Module) -> tuple[Reader, AdapterConfig]:
     """The tensors of an adapter under the names of the model's parameters, and its configuration."""
     if not (directory / "adapter_config.json").exists():
         raise CheckpointError(f"{directory}: no adapter_config.json; is it an adapter's directory?")
@@ -120,7 +120,7 @@ def read_peft(directory: Path, model: nn.Module) -> tuple[Reader, LoraConfig]:
     return reader, read_peft_config(directory / "adapter_config.json", model, reader.shapes)
 
 
-def check(model: nn.Module, config: LoraConfig, reader: Reader, path: Path) -> None:
+def check(model: nn.Module, config: AdapterConfig, reader: Reader, path: Path) -> None:
     """Refuse tensors that are not exactly those of this configuration on this model, or not all numbers."""
     try:
         expected = adapter_shapes(model, config)
@@ -144,18 +144,9 @@ def check(model: nn.Module, config: LoraConfig, reader: Reader, path: Path) -> N
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained: the adapters of every layer, and the modules that are trained whole, by dotted name."""
-    tensors: dict[str, Tensor] = {}
-    for name, layer in adapted_layers(model):
-        assert layer.lora_A is not None
-        assert layer.lora_B is not None
-        tensors[f"{name}.lora_A.weight"] = layer.lora_A.weight.detach()
-        tensors[f"{name}.lora_B.weight"] = layer.lora_B.weight.detach()
-        if layer.lora_magnitude_vector is not None:
-            tensors[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector.detach()
+    """What was attached to be trained, and the modules that are trained whole, by dotted name."""
     attachment = attached(model)
-    saved = attachment.originals if attachment else ()
-    return tensors | {name: trained_parameter(model, name).detach() for name in saved}
+    return {name: trained_parameter(model, name).detach() for name in attachment.names} if attachment else {}
 
 
 def verify(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from models.adapter import check, read_peft, verify
+from models.bitfit import BitfitConfig
 from models.checkpoint import open_checkpoint, skeleton
 from models.errors import CheckpointError, ConfigError
-from models.peft_names import PREFIX
+from models.peft_names import file_name
 from models.readers import read_json
 from models.target import LoadOptions, Target
 from models.tokenizer import find_tokenizer, save_tokenizer
@@ -33,12 +34,16 @@ def export_adapter(target: Target, out: Path, options: LoadOptions, base_name: s
     raw, base, where = open_checkpoint(target.base)
     head, count = options.head or target.head, options.num_labels or len(target.labels) or None
     model = skeleton(raw, where, base, head, count)
-    reader, lora = read_peft(target.adapter, model)
-    check(model, lora, reader, target.adapter)
-    tensors = {PREFIX + name: reader.read(name).contiguous() for name in reader.shapes}
-    learned = sum(bool(tensor.any()) for name, tensor in tensors.items() if name.endswith(".lora_B.weight"))
+    reader, settings = read_peft(target.adapter, model)
+    check(model, settings, reader, target.adapter)
+    if isinstance(settings, BitfitConfig):
+        raise ConfigError("export: PEFT has no adapter of biases alone; `qlora merge` makes a checkpoint that has them")
+    tensors = {file_name(name): reader.read(name).contiguous() for name in reader.shapes}
+    learned = sum(has_learned(name, tensor) for name, tensor in tensors.items())
     if not learned:
-        raise CheckpointError(f"{target.adapter}: every B is zero, so the adapter does nothing; was it trained?")
+        raise CheckpointError(
+            f"{target.adapter}: every B is zero (or every vector ones), so the adapter does nothing; was it trained?"
+        )
     config = read_json(target.adapter / "adapter_config.json")
     config["base_model_name_or_path"] = base_name or str(target.base)
     tokenizer = find_tokenizer(target.base)
@@ -57,6 +62,13 @@ def export_adapter(target: Target, out: Path, options: LoadOptions, base_name: s
         shutil.rmtree(partial, ignore_errors=True)
     notes = [f"{len(tensors)} tensors in {out}, for the base {config['base_model_name_or_path']}"]
     return {"tensors": len(tensors), "learned": learned, "notes": notes}
+
+
+def has_learned(name: str, tensor: torch.Tensor) -> bool:
+    """Is it a tensor that makes the model another one, no longer what it starts as?"""
+    if name.endswith(".ia3_l"):
+        return bool((tensor != 1).any())
+    return name.endswith((".lora_B.weight", "prompt_embeddings")) and bool(tensor.any())
 
 
 def write(directory: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:

@@ -4,19 +4,21 @@
 (BᵀB) ∘ (A Aᵀ), which are (rank, rank) each, so that B A itself is never made.
 
 Two forms are read: PEFT's directory, and the one file of microsoft/LoRA, whose names end in `lora_A` and `lora_B` and
-which does not say what alpha was.
+which does not say what alpha was. (What other methods than LoRA leave is in `models/adapter_vectors.py`.)
 """
 
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from models.adapter_vectors import KINDS, Vector, read_vectors
 from models.config_fields import finite
 from models.errors import CheckpointError
 from models.lora_config import fits
@@ -68,6 +70,10 @@ class SavedAdapter:
     parameters: int
     nbytes: dict[str, int]
     """Bytes by dtype."""
+    method: str = "LORA"
+    """As adapter files call it."""
+    vectors: list[Vector] = field(default_factory=list)
+    """What other methods than LoRA have instead of layers."""
 
 
 def is_adapter(path: Path) -> bool:
@@ -89,14 +95,18 @@ def read_adapter(path: Path) -> SavedAdapter:
     if not file.exists() and (directory / "adapter_model.bin").exists():
         file = directory / "adapter_model.bin"
     reader = TorchReader(file) if file.suffix == ".bin" else SafetensorsReader(file)
-    return summary("PEFT's directory", file, reader, read_settings(directory / "adapter_config.json"))
+    config = directory / "adapter_config.json"
+    raw = read_json(config)
+    if raw.get("peft_type") not in (*KINDS, "LORA"):
+        known = ", ".join(("LORA", *KINDS))
+        raise CheckpointError(f"{config}: peft_type is {raw.get('peft_type')!r:.80}; what can be read is {known}")
+    if raw["peft_type"] in KINDS:
+        return summary_of_vectors(raw, file, reader)
+    return summary("PEFT's directory", file, reader, read_settings(config, raw))
 
 
-def read_settings(path: Path) -> Settings:
-    """The settings of an adapter whose model need not be known."""
-    raw = read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r:.80}; LORA is what can be read")
+def read_settings(path: Path, raw: dict[str, Any]) -> Settings:
+    """The settings of a LoRA adapter whose model need not be known."""
     pattern = raw.get("alpha_pattern") or {}
     if not isinstance(pattern, dict):
         raise CheckpointError(f"{path}: alpha_pattern is {pattern!r:.80}; layers with their alphas are needed")
@@ -139,6 +149,25 @@ def summary(form: str, file: Path, reader: Reader, settings: Settings | None) ->
         whole=whole,
         parameters=sum(math.prod(shape) for shape in reader.shapes.values()),
         nbytes=dict(nbytes),
+    )
+
+
+def summary_of_vectors(raw: dict[str, Any], file: Path, reader: Reader) -> SavedAdapter:
+    """The same of another method than LoRA."""
+    nbytes = Counter[str]()
+    for name in reader.shapes:
+        kind, size = reader.stored(name)
+        nbytes[kind] += size
+    return SavedAdapter(
+        form="PEFT's directory" if raw["peft_type"] != "BITFIT" else "a directory like PEFT's",
+        file=str(file),
+        settings=None,
+        layers=[],
+        whole={},
+        parameters=sum(math.prod(shape) for shape in reader.shapes.values()),
+        nbytes=dict(nbytes),
+        method=raw["peft_type"],
+        vectors=read_vectors(reader, raw, str(file)),
     )
 
 

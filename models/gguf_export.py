@@ -9,13 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from models.attachment import adapted_layers
 from models.checkpoint import open_checkpoint, skeleton
 from models.device import pick_device, pick_dtype
 from models.errors import ConfigError
 from models.gguf_check import check
 from models.gguf_writer import FILE_TYPES, shapes, stored_as, write_gguf
 from models.llama import causal
-from models.lora import adapted_layers
+from models.methods import refuse_unmergeable
 from models.nf4_export import stored_dtype
 from models.target import LoadOptions, Target, load_parts
 from models.tokenizer import load_tokenizer
@@ -34,6 +35,7 @@ def export_gguf(target: Target, out: Path, options: LoadOptions, kind: str = "f1
     # Codes and norms as the run had them; from there on all is float32.
     dtype = pick_dtype(stored_dtype(options.dtype, target.dtype, {"torch_dtype": "float32"} | raw), device)
     model = causal(load_parts(target, options, dtype, device), "a GGUF")
+    refuse_unmergeable(model)
     model.float()
     count = sum(1 for _ in adapted_layers(model))
 

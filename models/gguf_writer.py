@@ -21,8 +21,8 @@ from models.gguf_layout import ROPE_FACTORS, gguf_name
 from models.gguf_vocabulary import write_tokenizer
 from models.linear import AdaptableLinear
 from models.llama import Llama
-from models.lora import merged
 from models.meta_layout import interleaved_order
+from models.methods import merged, merged_bias
 from models.rope import inverse_frequencies
 from models.tokenizer import Tokenizer
 
@@ -78,10 +78,10 @@ def weight_of(model: Llama, name: str) -> Float[Tensor, "..."]:
     """A parameter in float32, a 4-bit one decoded, an adapted one merged."""
     owner, _, part = name.rpartition(".")
     layer = model.get_submodule(owner)
-    if part != "weight" or not isinstance(layer, AdaptableLinear):
-        return getattr(layer, part).detach().float()  # what was trained whole is no parameter by that name
-    base = layer.dense_weight().float()
-    return base if layer.lora_A is None else merged(base, layer)
+    if part == "weight" and isinstance(layer, AdaptableLinear):
+        return merged(layer.dense_weight(), layer)
+    value = getattr(layer, part).detach().float()  # what was trained whole is no parameter by that name
+    return merged_bias(value, layer) if isinstance(layer, AdaptableLinear) else value
 
 
 def stored_as(name: str, shape: tuple[int, ...], kind: str) -> str:

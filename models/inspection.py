@@ -138,6 +138,8 @@ def adapter_summary(adapter: SavedAdapter) -> dict[str, Any]:
         "targets": sorted({layer.name.rpartition(".")[2] for layer in adapter.layers}),
         "others": {name: list(shape) for name, shape in adapter.whole.items()},
         "layers": [asdict(layer) for layer in adapter.layers],
+        "method": adapter.method,
+        "vectors": [asdict(vector) for vector in adapter.vectors],
     }
 
 

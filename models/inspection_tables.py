@@ -5,6 +5,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from models.adapter_norms import AdapterLayer
+from models.adapter_vectors import KINDS
 from models.checkpoint import shortened
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def checkpoint(found: dict[str, Any]) -> list["RenderableType"]:
 
 
 def adapter(found: dict[str, Any]) -> list["RenderableType"]:
+    if found["vectors"]:
+        return vectors(found)
     layers = [AdapterLayer(**layer) for layer in found["layers"]]
     ranks = ", ".join(map(str, found["ranks"]))
     scalings = sorted({layer.scaling for layer in layers if layer.scaling is not None})
@@ -62,7 +65,7 @@ def adapter(found: dict[str, Any]) -> list["RenderableType"]:
     blocks: list[RenderableType] = [
         f"{found['path']}: adapter ({found['layout']})",
         f"rank {ranks}, {scale}; {len(layers)} layers: {', '.join(found['targets'])}",
-        f"{found['parameters']:,} parameters in {found['bytes'] / 1e6:,.2f} MB ({', '.join(found['types'])})",
+        sizes(found),
     ]
     used = [name for name in ("dora", "rslora") if (found["settings"] or {}).get(name)]
     if used:
@@ -71,6 +74,18 @@ def adapter(found: dict[str, Any]) -> list["RenderableType"]:
         blocks.append(f"{len(found['others'])} tensors beside A and B: {shortened(list(found['others']), 4)}")
     table = by_block(layers)
     return [*blocks, type_table(table), block_table(table)]
+
+
+def vectors(found: dict[str, Any]) -> list["RenderableType"]:
+    """An adapter of another method than LoRA."""
+    table = columns(f"{found['method']}: {KINDS[found['method']]}", "numbers", "root mean square", "largest")
+    for row in found["vectors"]:
+        table.add_row(row["name"], f"{row['numbers']:,}", f"{row['root_mean_square']:.4g}", f"{row['largest']:.4g}")
+    return [f"{found['path']}: adapter ({found['layout']})", sizes(found), table]
+
+
+def sizes(found: dict[str, Any]) -> str:
+    return f"{found['parameters']:,} parameters in {found['bytes'] / 1e6:,.2f} MB ({', '.join(found['types'])})"
 
 
 def run(found: dict[str, Any]) -> list["RenderableType"]:

@@ -1,12 +1,11 @@
-"""The linear layer of every model here: dense or stored in 4 bits, each with room for a LoRA adapter.
+"""The linear layer of every model here: dense or stored in 4 bits, each with room for an adapter, LoRA's or IA3's.
 
 A block asks for `Linear`; loading with a QuantConfig puts an `NF4Linear` in its place. A head of several layers asks
 for `Linear` as well, with `in_head`: such a layer stays in 16 bits and without an adapter unless it is stored in 4 bits
-already, or is named. Both keep the
-parameter names of the released checkpoints (`weight`, `bias`), to which an adapter adds `lora_A.weight`,
-`lora_B.weight` and, with DoRA, `lora_magnitude_vector`. In an `NF4Linear` codes are uint8 parameters without
-gradient, which sharding treats like any other weight, and float32 scales are buffers that no cast of the model
-touches.
+already, or is named. Both keep the parameter names of the released checkpoints (`weight`, `bias`), to which an adapter
+adds `lora_A.weight`, `lora_B.weight` and, with DoRA, `lora_magnitude_vector`; or, of IA3, `ia3_l`. In an `NF4Linear`
+codes are uint8 parameters without gradient, which sharding treats like any other weight, and float32 scales are buffers
+that no cast of the model touches.
 
 Letters: K in_features, N out_features, R rank.
 """
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import kernels
-from models.dora import direct_squares, expanded_squares, rescaled
+from models.dora import direct_squares, expanded_squares, rescale, rescaled
 from models.parallel import shares
 from models.recompute import kept_product
 from nf4 import QuantizedTensor
@@ -32,6 +31,7 @@ class AdaptableLinear(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
+    ia3_l: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, in_head: bool = False) -> None:
         super().__init__()
@@ -39,17 +39,34 @@ class AdaptableLinear(nn.Module):
         self.lora_A: nn.Linear | None = None
         self.lora_B: nn.Linear | None = None
         self.register_parameter("lora_magnitude_vector", None)
+        self.register_parameter("ia3_l", None)
+        self.ia3_on_input = False
         self.scaling, self.dropout = 0.0, 0.0
         self.lora_config: Any = None  # what the adapter was made from, for saving it
 
     def forward(self, x: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows N"]:
-        """x W^T + bias, with the adapter's branch where there is one."""
+        """x W^T + bias, with the adapter's branch or vector where there is one."""
+        if self.ia3_l is not None:
+            return self.scaled(x, self.ia3_l.flatten())
         if self.lora_magnitude_vector is None:
             return self.product(x, self.bias)
         with kept_product():  # the magnitude's gradient is made of it
             product = self.product(x, None)
             lengths = self.row_lengths(exact=x.dtype.itemsize > 2)
         return rescaled(product, self.lora_magnitude_vector, lengths, self.bias)
+
+    def scaled(self, x: Float[Tensor, "*rows K"], vector: Float[Tensor, " L"]) -> Float[Tensor, "*rows N"]:
+        """The same with inputs or outputs scaled, in float32 or the vector's dtype if wider."""
+        if self.ia3_on_input:
+            return self.product(rescale(x, vector, None), self.bias)
+        with kept_product():  # the vector's gradient is made of it
+            product = self.product(x, self.bias)
+        return rescale(product, vector, None)
+
+    @property
+    def adapted(self) -> bool:
+        """Are there parameters of an adapter?"""
+        return self.lora_A is not None or self.ia3_l is not None
 
     def product(self, x: Float[Tensor, "*rows K"], bias: Tensor | None) -> Float[Tensor, "*rows N"]:
         """x W^T + bias + scaling (drop(x) A^T) B^T."""

@@ -1,8 +1,8 @@
 """LLaMA: a decoder of pre-norm blocks with rotary grouped-query attention and SwiGLU.
 
-Axes: B batch, T tokens, S tokens seen so far (cached and new), D width, H query heads, K key/value heads,
-C channels per head, V vocabulary. Modules carry the names of the released checkpoints, so loading is a
-plain copy.
+Axes: B batch, T tokens, S tokens seen so far (cached and new), P tokens of a prefix, D width, H query heads,
+K key/value heads, C channels per head, V vocabulary. Modules carry the names of the released checkpoints, so loading
+is a plain copy.
 """
 
 from collections.abc import Collection
@@ -20,6 +20,7 @@ from models.errors import ConfigError
 from models.linear import Linear
 from models.model import Model, Stack
 from models.packed import Pieces, attend, is_packed, positions_and_pieces
+from models.prefix_attention import attend_behind
 from models.recompute import last_product, recomputed
 from models.rope import rotary_table
 
@@ -55,6 +56,7 @@ class Attention(nn.Module):
         sin: Float[Tensor, "B 1 T half"],
         mask: Bool[Tensor, "B 1 T S"] | Pieces | None,
         cache: LayerCache | None = None,
+        prefix: Float[Tensor, "2 K P C"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """`mask` says what may be attended to: within the pieces of packed rows, or in plain causal order (None)."""
         B, T, _ = x.shape
@@ -66,7 +68,9 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)  # (B, K, S, C)
 
         if isinstance(mask, Pieces):
-            y = attend(q, k, v, mask)
+            y = attend(q, k, v, mask, prefix)
+        elif prefix is not None:
+            y = attend_behind(prefix, q, k, v, mask)
         elif mask is None and T > 1:
             y = kernels.attention(q, k, v)
         elif T == 1:
@@ -109,8 +113,9 @@ class Block(nn.Module):
         sin: Float[Tensor, "B 1 T half"],
         mask: Bool[Tensor, "B 1 T S"] | Pieces | None,
         cache: LayerCache | None = None,
+        prefix: Float[Tensor, "2 K P C"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, prefix)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -123,6 +128,8 @@ class Decoder(Stack):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.prompt_embeddings: nn.Parameter | None
+        self.register_parameter("prompt_embeddings", None)  # where `models/prefix.py` puts one
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -137,18 +144,30 @@ class Decoder(Stack):
         """`attention_mask` covers cached and new tokens alike, (B, S). It may number the texts of packed rows."""
         past = cache.length if cache is not None else None
         positions, mask = positions_and_mask(input_ids, attention_mask, past)
+        x = self.embed_tokens(input_ids)
+        prefixes = self.prefixes(x.dtype)
+        if prefixes is not None:
+            positions = positions + prefixes.shape[3]
         cos, sin = rotary_table(positions, self.config)
 
-        x = self.embed_tokens(input_ids)
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache is not None else None
+            prefix = None if prefixes is None else prefixes[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = recomputed(layer, x, cos, sin, mask)
+                x = recomputed(layer, x, cos, sin, mask, None, prefix)
             else:
-                x = layer(x, cos, sin, mask, layer_cache)
+                x = layer(x, cos, sin, mask, layer_cache, prefix)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.norm(x)
+
+    def prefixes(self, dtype: torch.dtype) -> Float[Tensor, "layers 2 K P C"] | None:
+        """Keys and values that come before the text in each layer, if there is a prefix."""
+        if self.prompt_embeddings is None:
+            return None
+        c = self.config
+        sizes = (-1, c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
+        return self.prompt_embeddings.to(dtype).view(sizes).permute(1, 2, 3, 0, 4)
 
 
 class Llama(Model):

@@ -7,32 +7,21 @@ the blocks, which is the default here and what it takes to match full fine-tunin
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.attachment import Attachment, adapted_layers, freeze, record, refuse_second
 from models.dora import ratio
-from models.linear import AdaptableLinear, Linear
+from models.linear import AdaptableLinear
 from models.lora_config import ADAPTER_DTYPES, LoraConfig
 from models.lora_init import divided, starting_weights, take
 from models.parallel import shares
 from models.parallel.agreement import by_turns
-from models.whole import computed_parameter, give_back, saved_parameters, settle, train_whole, within
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """What has to be known of a model with adapters, to save them and to take them off."""
-
-    config: LoraConfig
-    trainable_before: frozenset[str]
-    """Parameters that required a gradient."""
-    originals: dict[str, Tensor]
-    """What the modules that are trained whole held before, on the CPU."""
+from models.whole import computed_parameter, saved_parameters, train_whole, within
 
 
 def attach_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> None:
@@ -48,14 +37,12 @@ def prepare_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> Callabl
 
     Between the two the model may get its own values, or be shared with other processes.
     """
-    if next(adapted_layers(model), None) is not None:
-        raise ValueError("the model already has adapters; merge_adapter removes them")
+    refuse_second(model)
     saved = saved_parameters(model, config.modules_to_save)
     layers = targeted_layers(model, config)
     weights = starting_weights(model, layers, config)
 
-    before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    model.requires_grad_(False)
+    before = freeze(model)
     for name, layer in layers.items():
         rank, layer.scaling = config.size(name)
         layer.dropout, layer.lora_config = config.dropout, config
@@ -67,9 +54,7 @@ def prepare_lora(model: nn.Module, config: LoraConfig = LoraConfig()) -> Callabl
         if config.dora:  # float32 at any dtype of A and B: steps of training are far below a length's 16-bit digits
             layer.lora_magnitude_vector = nn.Parameter(torch.empty(layer.out_features, device=device))
     train_whole(model, saved, ADAPTER_DTYPES[config.dtype])
-    attachment = Attachment(config, before, {})
-    note(model, attachment)
-    return partial(start, model, layers, tuple(saved), weights, attachment)
+    return partial(start, model, layers, tuple(saved), weights, record(model, config, before))
 
 
 @torch.no_grad()
@@ -113,22 +98,6 @@ def start_anew(layer: AdaptableLinear) -> None:
     shares.local(b).zero_()
 
 
-@torch.no_grad()
-def merge_adapter(model: nn.Module) -> None:
-    """Replace every adapted layer by a dense one: what `merged` says in float32, then the model's dtype.
-
-    What was trained whole is rounded to the model's dtype as well.
-    """
-    shares.refuse_shared(model, "merging an adapter")
-    attachment = attached(model)
-    for name, layer in list(adapted_layers(model)):
-        dense = merged(layer.dense_weight(), layer).to(layer.dtype)
-        model.set_submodule(name, Linear.from_weight(dense, layer.bias, layer.in_head))
-    if attachment is not None:
-        settle(model, attachment.originals)
-        note(model, None)
-
-
 def merged(base: Float[Tensor, "N K"], layer: AdaptableLinear) -> Float[Tensor, "N K"]:
     """The weight, in float32, that on its own does what `base` and the layer's adapter do together.
 
@@ -143,37 +112,14 @@ def merged(base: Float[Tensor, "N K"], layer: AdaptableLinear) -> Float[Tensor, 
     return weight * ratio(layer.lora_magnitude_vector.float(), lengths)[:, None]
 
 
-def detach(model: nn.Module) -> None:
-    """Take the adapters off again: the model is what it was before they were attached, gradients and all."""
-    attachment = attached(model)
-    if attachment is None:
-        return
-    shares.refuse_shared(model, "taking an adapter off")
+def remove_lora(model: nn.Module, attachment: Attachment) -> None:
+    """Take A and B off; a start that changed the base cannot be undone."""
     if attachment.config.init != "default":
         raise ValueError(
             f"adapters that start with init={attachment.config.init!r} have changed the base; load the model again"
         )
     for _, layer in list(adapted_layers(model)):
         layer.lora_A = layer.lora_B = layer.lora_config = layer.lora_magnitude_vector = None
-    give_back(model, attachment.originals)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in attachment.trainable_before)
-    note(model, None)
-
-
-def attached(model: nn.Module) -> Attachment | None:
-    return getattr(model, "attachment", None)
-
-
-def note(model: nn.Module, attachment: Attachment | None) -> None:
-    model.__dict__["attachment"] = attachment
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptableLinear]]:
-    """The layers that have an adapter, by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptableLinear) and module.lora_A is not None:
-            yield name, module
 
 
 def targeted_layers(model: nn.Module, config: LoraConfig) -> dict[str, AdaptableLinear]:

@@ -52,12 +52,8 @@ class LoraConfig:
                 raise ValueError(f"lora: {where} is {alpha}; init={self.init!r} needs an alpha above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora: dropout is {self.dropout}; it must be at least 0 and below 1")
-        for name, choices in (("init", INITS), ("dtype", tuple(ADAPTER_DTYPES))):
-            value = getattr(self, name)
-            if value not in choices:
-                close = get_close_matches(value, choices, n=1, cutoff=0.4)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"lora: {name} is {value!r}; choose from {', '.join(choices)}{hint}")
+        check_choice("lora: init", self.init, INITS)
+        check_dtype("lora", self.dtype)
         if not self.target_modules:
             raise ValueError("lora: target_modules is empty; name layers, or give 'all-linear'")
         patterns = [("rank_pattern", key) for key in self.rank_pattern]
@@ -82,6 +78,18 @@ class LoraConfig:
         if isinstance(self.target_modules, str):
             return fits(self.target_modules, name)
         return any(ends_with(name, target) for target in self.target_modules)
+
+
+def check_dtype(method: str, dtype: str) -> None:
+    """Refuse a dtype that adapters are not stored in."""
+    check_choice(f"{method}: dtype", dtype, tuple(ADAPTER_DTYPES))
+
+
+def check_choice(where: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        close = get_close_matches(value, choices, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{where} is {value!r}; choose from {', '.join(choices)}{hint}")
 
 
 def matching(pattern: Mapping[str, float], name: str, default: float) -> float:

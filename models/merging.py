@@ -19,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import kernels
+from models.attachment import adapted_layers, attached
 from models.checkpoint import check_names, open_checkpoint, stored_in_4_bits
 from models.errors import CheckpointError, ConfigError
 from models.linear import AdaptableLinear, NF4Linear
-from models.lora import adapted_layers, merged
+from models.methods import merged, merged_bias, refuse_unmergeable
 from models.model import Model
 from models.precision import ADAPTERS, owner, part_of
 from models.readers import RenamedReader
@@ -38,7 +39,8 @@ class MergedLayer:
     """What a layer's adapter does, beside what quantizing the layer did; norms are Frobenius norms."""
 
     name: str
-    rank: int
+    rank: int | None
+    """Of LoRA's; other methods have none."""
     signal: float
     """||W' - W||, which for LoRA is ||scaling B A||."""
     weight: float
@@ -72,8 +74,9 @@ def merge_checkpoint(
     """
     refuse_used(Path(out))
     layers = dict(adapted_layers(model))
-    if not layers:
+    if attached(model) is None:
         raise CheckpointError("merge: the model has no adapter; name a run, or a checkpoint with --load.adapter")
+    refuse_unmergeable(model)
     if base is not None and any(moves_base(layer) for layer in layers.values()):
         raise CheckpointError(
             "merge: the adapter's start took something out of its base (init pissa or loftq), so it fits no other; "
@@ -89,13 +92,15 @@ def merge_checkpoint(
             else:
                 weight = other.read(name).to(model.device)
             layer = layers.get(name.removesuffix(".weight"))
+            if name.endswith(".bias") and name.removesuffix(".bias") in layers:
+                weight = merged_bias(weight, layers[name.removesuffix(".bias")])
             if layer is not None:
-                assert layer.lora_A is not None
                 base_weight = weight.float()
                 weight = merged(base_weight, layer)
                 signal, size = norm(weight - base_weight), norm(base_weight)
                 noise = None if original is None else quantization_noise(layer, original, name)
-                report.append(MergedLayer(name.removesuffix(".weight"), len(layer.lora_A.weight), signal, size, noise))
+                rank = None if layer.lora_A is None else len(layer.lora_A.weight)
+                report.append(MergedLayer(name.removesuffix(".weight"), rank, signal, size, noise))
                 del base_weight
             weight = weight.to(dtype)
             if not all(extreme.isfinite() for extreme in weight.aminmax()):  # isfinite() of it all would copy it
@@ -144,7 +149,7 @@ def dense_shape(model: Model, name: str) -> tuple[int, ...]:
 
 def moves_base(layer: AdaptableLinear) -> bool:
     """Is the layer's base another than its checkpoint's weight?"""
-    return layer.lora_config.init != "default"
+    return layer.lora_A is not None and layer.lora_config.init != "default"
 
 
 def base_reader(model: Model, base: str | Path) -> RenamedReader:

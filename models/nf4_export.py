@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import kernels
 import nf4
@@ -19,7 +20,7 @@ from models.checkpoint import open_checkpoint, skeleton, stored_in_4_bits, strea
 from models.device import DTYPES, pick_device, pick_dtype
 from models.errors import ConfigError
 from models.linear import AdaptableLinear, Linear, NF4Linear
-from models.lora import merge_adapter, merged
+from models.methods import merge_adapter, merged, merged_bias, refuse_unmergeable
 from models.model import Model
 from models.quantize import LayerReport, quantize_checkpoint, readable, report
 from models.target import LoadOptions, Target, load_parts
@@ -83,6 +84,7 @@ def export_merged(
         raise ConfigError("export: --merge needs an adapter; name a run, or give --load.adapter DIRECTORY")
     tokenizer = find_tokenizer(target.base)
     model = load_parts(target, options, dtype, device)
+    refuse_unmergeable(model)
     layers, ratios = [], []
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, AdaptableLinear)]:
         ratio = requantize(model, name, layer, quant, dtype, layers)
@@ -109,20 +111,21 @@ def requantize(
     """Put the merged layer in place; the size of its rounding error in those of the adapter's change comes back."""
     config = layer.quant_config if isinstance(layer, NF4Linear) else None if layer.in_head else quant
     base = layer.dense_weight().float()
-    weight = base if layer.lora_A is None else merged(base, layer)
+    weight = merged(base, layer)
+    bias = None if layer.bias is None else nn.Parameter(merged_bias(layer.bias.detach(), layer))
     if config is None:  # a head, or a layer that is dense among others in 4 bits, stays so
-        model.set_submodule(name, Linear.from_weight(weight.to(dtype), layer.bias, layer.in_head))
+        model.set_submodule(name, Linear.from_weight(weight.to(dtype), bias, layer.in_head))
         return None
-    if isinstance(layer, NF4Linear) and layer.lora_A is None:
+    if isinstance(layer, NF4Linear) and not layer.adapted:
         q = layer.quantized
     else:
         q = replace(kernels.quantize(weight, config, name=f"{name}.weight"), dtype=dtype)
     value = readable(f"{name}.weight", q, weight, model)
     if not isinstance(value, QuantizedTensor):
-        model.set_submodule(name, Linear.from_weight(value, layer.bias, layer.in_head))
+        model.set_submodule(name, Linear.from_weight(value, bias, layer.in_head))
         return None
     layers.append(report(f"{name}.weight", weight, value))
-    model.set_submodule(name, NF4Linear(value, layer.bias, layer.in_head))
+    model.set_submodule(name, NF4Linear(value, bias, layer.in_head))
     change = (weight - base).norm().item()
     return (nf4.dequantize(value, torch.float32) - weight).norm().item() / change if change else None
 

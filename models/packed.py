@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import kernels
+from models.prefix_attention import attend_behind
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,23 @@ def pieces_of(numbers: Int[Tensor, "B T"]) -> Pieces | None:
 
 
 def attend(
-    q: Float[Tensor, "B H T C"], k: Float[Tensor, "B K T C"], v: Float[Tensor, "B K T C"], pieces: Pieces
+    q: Float[Tensor, "B H T C"],
+    k: Float[Tensor, "B K T C"],
+    v: Float[Tensor, "B K T C"],
+    pieces: Pieces,
+    prefix: Float[Tensor, "2 K P C"] | None = None,
 ) -> Float[Tensor, "B H T C"]:
-    """Causal attention within each text; nothing comes out for padding."""
+    """Causal attention within each text, each behind the prefix if there is one; nothing comes out for padding."""
+
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.attention(q, k, v) if prefix is None else attend_behind(prefix, q, k, v, None)
+
     rows = []
     for row, *tensors in zip(pieces.rows, q.split(1), k.split(1), v.split(1), strict=True):
         # Split and joined in one operation each: a slice's gradient would be as large as all of q for every text.
         parts = zip(*(tensor.split([length for _, length in row], dim=2) for tensor in tensors), strict=True)
         texts = [
-            kernels.attention(*part) if number else torch.zeros_like(part[0])
-            for (number, _), part in zip(row, parts, strict=True)
+            alone(*part) if number else torch.zeros_like(part[0]) for (number, _), part in zip(row, parts, strict=True)
         ]
         rows.append(torch.cat(texts, dim=2))
     return torch.cat(rows)

@@ -12,13 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from models.attachment import Attachment, adapted_layers
 from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
-from models.lora import adapted_layers, attached
 from models.lora_config import LoraConfig, ends_with, fits, matching
 from models.lora_init import LOFTQ_ROUNDS
 from models.peft_names import layer_of
-from models.readers import read_json
 from models.tied_head import tied_heads
 from models.whole import within
 from nf4 import QuantConfig
@@ -50,19 +49,11 @@ UNKNOWN: dict[str, tuple[Any, ...]] = {
 HEADS = ("classifier", "score")  # where PEFT looks for the trained head of a sequence classifier
 
 
-def peft_config(model: nn.Module) -> dict[str, Any]:
-    """adapter_config.json, as PEFT writes it for the adapters of this model."""
-    attachment = attached(model)
-    assert attachment is not None
+def lora_config(model: nn.Module, attachment: Attachment) -> dict[str, Any]:
+    """adapter_config.json, as PEFT writes it for the LoRA adapters of this model."""
     config = attachment.config
-    task = getattr(model, "task_type", None)
-    if task == "SEQ_CLS" and not any(name.rpartition(".")[2] in HEADS for name in config.modules_to_save):
-        task = None  # PEFT would look for the classifier in the file
     return {
-        "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
+        **common(model, "LORA", config.modules_to_save),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True if config.init == "default" else config.init,
@@ -78,6 +69,14 @@ def peft_config(model: nn.Module) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "use_dora": config.dora,
     }
+
+
+def common(model: nn.Module, kind: str, modules_to_save: Collection[str]) -> dict[str, Any]:
+    """The fields of every kind of adapter."""
+    task = getattr(model, "task_type", None)
+    if task == "SEQ_CLS" and not any(name.rpartition(".")[2] in HEADS for name in modules_to_save):
+        task = None  # PEFT would look for the classifier in the file
+    return {"peft_type": kind, "task_type": task, "base_model_name_or_path": None, "inference_mode": True}
 
 
 def target_names(model: nn.Module) -> list[str]:
@@ -118,25 +117,10 @@ def formats(layers: Mapping[str, AdaptableLinear]) -> set[str]:
     }
 
 
-def read_peft_config(path: Path, model: nn.Module, names: Collection[str]) -> LoraConfig:
-    """The configuration in an adapter_config.json, for this model; `names` are those of the tensors in the file."""
-    raw = read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}; LORA is what can be read")
-    for key, neutral in UNKNOWN.items():
-        if key in raw and raw[key] not in neutral:
-            raise CheckpointError(f"{path}: {key} is {raw[key]!r}, which is not supported here")
-    for key in ("modules_to_save", "target_modules", "exclude_modules"):
-        value = raw.get(key) or []
-        if isinstance(value, str) and key != "modules_to_save":
-            continue
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise CheckpointError(f"{path}: {key} is {value!r}; a list of names is needed")
-    for pattern in patterns_in(raw):
-        if not harmless(pattern):
-            raise CheckpointError(
-                f"{path}: {pattern!r:.80} is not a pattern that is tried here; name the layers instead"
-            )
+def read_lora_config(path: Path, raw: dict[str, Any], model: nn.Module, names: Collection[str]) -> LoraConfig:
+    """LoRA's configuration in an adapter_config.json, for this model; `names` are those of the tensors in the file."""
+    refuse_unknown(path, raw, UNKNOWN)
+    check_names(path, raw)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, AdaptableLinear)}
     try:
         chosen = [name for name, layer in layers.items() if chooses(raw, name, layer.in_head)]
@@ -160,11 +144,33 @@ def read_peft_config(path: Path, model: nn.Module, names: Collection[str]) -> Lo
     return config
 
 
+def refuse_unknown(path: Path, raw: dict[str, Any], unknown: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse fields that change what an adapter computes and are not known here."""
+    for key, neutral in unknown.items():
+        if key in raw and raw[key] not in neutral:
+            raise CheckpointError(f"{path}: {key} is {raw[key]!r}, which is not supported here")
+
+
+def check_names(path: Path, raw: dict[str, Any]) -> None:
+    """Refuse what cannot be names of modules, or a pattern that is not tried."""
+    for key in ("modules_to_save", "target_modules", "exclude_modules", "feedforward_modules"):
+        value = raw.get(key) or []
+        if isinstance(value, str) and key != "modules_to_save":
+            continue
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise CheckpointError(f"{path}: {key} is {value!r}; a list of names is needed")
+    for pattern in patterns_in(raw):
+        if not harmless(pattern):
+            raise CheckpointError(
+                f"{path}: {pattern!r:.80} is not a pattern that is tried here; name the layers instead"
+            )
+
+
 def patterns_in(raw: dict[str, Any]) -> list[str]:
     """Every text in the file that will be matched against names of layers."""
+    keys = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern", "rank_pattern")
     patterns: list[Any] = []
-    for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
-        value = raw.get(key)
+    for value in map(raw.get, (*keys, "alpha_pattern")):
         patterns += value if isinstance(value, list | dict) else [value]
     return [pattern for pattern in patterns if isinstance(pattern, str)]
 

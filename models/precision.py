@@ -129,7 +129,7 @@ def stored_format(name: str, source: Source) -> tuple[str, dict[str, Any]]:
 def part_of(model: nn.Module, name: str) -> str:
     """The part that a parameter belongs to, as long as it is not quantized."""
     module, leaf = owner(model, name)
-    if "lora_" in name:
+    if "lora_" in name or leaf in ("ia3_l", "prompt_embeddings"):
         return ADAPTERS
     if isinstance(module, AdaptableLinear) and not module.in_head:
         return "biases" if leaf == "bias" else "block linears"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from models.adapter import save_adapter
+from models.attachment import attached
 from models.errors import CheckpointError
-from models.lora import attached
 from models.model import Model
 from models.parallel import shares
 from models.parallel.agreement import agreed
@@ -35,7 +35,7 @@ def save_trained(model: Model, directory: str | Path) -> None:
         return
     parameters = {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
     if not parameters:
-        raise ValueError("nothing in the model is trained; attach_lora or train_every_weight makes it so")
+        raise ValueError("nothing in the model is trained; attach or train_every_weight makes it so")
     refuse_non_finite(parameters.items(), directory)
     dtypes = sorted({str(parameter.dtype) for parameter in parameters.values()})
     with CheckpointWriter(directory) as writer:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import nf4
+from models.attachment import attached
 from models.errors import CheckpointError
 from models.linear import AdaptableLinear, NF4Linear
 from models.model import Model
@@ -39,12 +40,14 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbyt
 def save(model: Model, directory: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the model in the released names; quantized layers as bitsandbytes would save them."""
     refuse_shared(model, "saving a model")
-    adapted = [name for name, m in model.named_modules() if isinstance(m, AdaptableLinear) and m.lora_A]
+    adapted = [name for name, m in model.named_modules() if isinstance(m, AdaptableLinear) and m.adapted]
     if adapted:
         raise ValueError(
             f"{len(adapted)} layers have adapters (first: {adapted[0]}); call save_adapter for those, "
             "or merge_adapter before saving the model"
         )
+    if attached(model) is not None:
+        raise ValueError("the model has an adapter; call save_adapter for it, or merge_adapter before saving the model")
     quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, NF4Linear)}
     with CheckpointWriter(directory, shard_bytes) as writer:
         for name, value in computed_parameters(model):

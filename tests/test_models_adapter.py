@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import models
 import nf4
-from models.lora import adapted_layers, attached, detach
+from models.attachment import adapted_layers, attached
 from models.lora_config import ends_with, fits
-from models.peft_config import chooses, first_wins, longest_first, peft_config, target_names
+from models.methods import detach
+from models.peft_config import chooses, first_wins, longest_first, target_names
+from models.peft_methods import peft_config
 from models.peft_names import released_name
 from tests.golden import GOLDEN, answers
 from tests.tiny_classifier import Classifier
@@ -336,7 +338,7 @@ def test_head_tensors_without_a_place_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
         ({"use_dora": True}, r"for another model: lacks .*lora_magnitude_vector"),
         ({"modules_to_save": ["lm_head"]}, "for another model: lacks lm_head.weight"),
         ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'; a list of names is needed"),

@@ -11,9 +11,9 @@ from torch import nn
 import kernels
 import models
 import nf4
+from models.attachment import adapted_layers
 from models.dora import direct_squares, expanded_squares
 from models.linear import AdaptableLinear, Linear, NF4Linear
-from models.lora import adapted_layers
 from tests.golden import GOLDEN, answers
 
 IDS = torch.arange(24).view(2, 12) % 128

@@ -23,7 +23,7 @@ import nf4
 from models.gguf_writer import write_gguf
 from models.linear import NF4Linear
 from models.llama import causal
-from models.lora import detach
+from models.methods import detach
 from tests import tiny
 from tests.golden import GOLDEN
 

@@ -319,7 +319,7 @@ def test_an_adapter_file_that_is_not_whole_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern: q_proj is None"),
         ({"alpha_pattern": [1]}, "alpha_pattern is [1]"),

@@ -5,6 +5,7 @@ import torch
 
 import models
 import nf4
+from models.attachment import adapted_layers
 from models.linear import NF4Linear
 from tests.golden import GOLDEN, answers
 
@@ -84,7 +85,7 @@ def test_ranks_alphas_and_targets_follow_the_configuration():
         alpha_pattern={"up_proj": 6.0},
     )
     models.attach_lora(model, config)
-    found = {n: (len(m.lora_A.weight), m.scaling) for n, m in models.lora.adapted_layers(model) if m.lora_A}
+    found = {n: (len(m.lora_A.weight), m.scaling) for n, m in adapted_layers(model) if m.lora_A}
     assert found == {
         "model.layers.0.self_attn.q_proj": (4, 2.0),
         "model.layers.1.self_attn.q_proj": (4, 2.0),

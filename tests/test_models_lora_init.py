@@ -14,9 +14,10 @@ import kernels
 import models
 import nf4
 from models import lora_init
+from models.attachment import adapted_layers
 from models.linear import AdaptableLinear, Linear, NF4Linear
-from models.lora import adapted_layers, detach
 from models.lora_init import divided, take, triplets
+from models.methods import detach
 from tests.golden import GOLDEN, layout
 
 IDS = torch.arange(24).view(2, 12) % 128

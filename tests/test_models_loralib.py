@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import models
-from models.lora import adapted_layers
+from models.attachment import adapted_layers
 from tests.tiny_classifier import LABELS, LAYERS, WIDTH, Classifier
 
 IDS = torch.arange(24).view(2, 12) % 32

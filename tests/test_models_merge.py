@@ -12,10 +12,10 @@ import models
 import models.merging
 import nf4
 import qlora
+from models.attachment import adapted_layers
 from models.compare import answers, compare, random_probe
 from models.lazy import load_lazily
 from models.linear import AdaptableLinear, NF4Linear
-from models.lora import adapted_layers
 from models.merge import byte_count, in_float32
 from models.merging import merge_checkpoint
 from models.writer import CheckpointWriter

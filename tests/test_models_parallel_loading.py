@@ -17,6 +17,7 @@ from models.checkpoint import load, open_checkpoint, unprepared
 from models.labelled import load_labelled
 from models.llama import Llama
 from models.lora import prepare_lora
+from models.methods import prepare
 from models.parallel import shares, world
 from models.parallel.loading import load_shared, loading
 from models.parallel.shard import ShardConfig
@@ -74,6 +75,8 @@ SOURCES = {
     "llama-gqa, dense, with such adapters": Source("llama-gqa", None, torch.bfloat16, lora(init="loftq")),
     "llama-headdim-bias": Source("llama-headdim-bias", PLAIN, prepare=lora(dora=True, modules_to_save=("lm_head",))),
     "llama3-rope-tied": Source("llama3-rope-tied", OTHER, torch.bfloat16, lora(modules_to_save=("embed_tokens",))),
+    "llama-gqa, vectors": Source("llama-gqa", NF4, torch.bfloat16, partial(prepare, config=models.Ia3Config())),
+    "llama-gqa, biases": Source("llama-gqa", NF4, torch.bfloat16, partial(prepare, config=models.BitfitConfig())),
     "llama-bnb-4bit": Source("llama-bnb-4bit", None, torch.float32, lora(rank=1)),
     "llama-sharded": Source("llama-sharded", NF4),
     "llama-bin": Source("llama-bin"),
@@ -105,6 +108,8 @@ SOURCES = {
 THREE = ("llama-gqa, adapters that start from its weights", "llama-bnb-4bit", "m.gguf", "4 bits", "a new head")
 TRAINED = {
     "adapters": Source("llama3-rope-tied", NF4, torch.bfloat16, lora(dora=True, modules_to_save=("embed_tokens",))),
+    "biases": Source("roberta-mlm", NF4, torch.bfloat16, partial(prepare, config=models.BitfitConfig())),
+    "vectors": Source("t5-v1_0", NF4, torch.bfloat16, partial(prepare, config=models.Ia3Config())),
     "all": Source("t5-v1_0", None, torch.bfloat16, trained_whole),
 }
 SIZED = {"sized": None, "sized, to be quantized": NF4, "sized, 4 bits": None}

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import models
 import nf4
+from models.attachment import adapted_layers
 from models.linear import Linear, NF4Linear
-from models.lora import adapted_layers
 from models.roberta import Roberta, positions_and_mask
 from models.roberta_config import RobertaConfig, roberta_config
 from tests.golden import DATA, GOLDEN, answers

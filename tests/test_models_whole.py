@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 
 import models
 import nf4
-from models.lora import adapted_layers, detach
+from models.attachment import adapted_layers
+from models.methods import detach
 from models.whole import trained_parameter, within
 from tests.golden import GOLDEN
 from tests.tiny_classifier import Classifier

@@ -57,6 +57,8 @@ def alone(folder, flags):
         "one": ("train", flags("one", *EVERY)),
         "one dealt": ("train", flags("one-dealt", *DEALT)),
         "one 8bit": ("train", flags("one-8bit", *EIGHT)),
+        "one ia3": ("train", flags("one-ia3", *SHORT, "--method", "ia3")),
+        "one bitfit": ("train", flags("one-bitfit", *SHORT, "--method", "bitfit")),
         "one to two": ("train", flags("one-to-two", *SHORT)),
         "one to two 8bit": ("train", flags("one-to-two-8bit", *SHORT, *EIGHT)),
     }
@@ -84,6 +86,9 @@ def both(folder, flags, alone, token):
         "two 8bit": ("train", flags("two-8bit", *FSDP, *SHORT, *EIGHT)),
         "one to two": go_on(folder, "one-to-two", *FSDP),
         "one to two 8bit": go_on(folder, "one-to-two-8bit", *FSDP),
+        "ia3": ("train", flags("two-ia3", *FSDP, *SHORT, "--method", "ia3")),
+        "bitfit": ("train", flags("two-bitfit", *DDP, *SHORT, "--method", "bitfit")),
+        "prefix": ("train", flags("two-prefix", *FSDP, *SHORT, "--method", "prefix")),
         "ddp to fsdp": ("train", flags("ddp-to-fsdp", *DDP, *SHORT)),
         "ddp to fsdp on": go_on(folder, "ddp-to-fsdp", *FSDP),
         "signal": ("train", flags("signal", *FSDP), ("sigterm", 2)),
@@ -164,6 +169,22 @@ def test_dropout_is_that_of_one_process_where_micro_batches_are_dealt_whole(fold
     assert_alike(folder / f"{way}-dealt", folder / "one-dealt")
     without = [line["loss"] for line in metrics(folder / "one")]
     assert [line["loss"] for line in metrics(folder / f"{way}-dealt")] != without
+
+
+@pytest.mark.parametrize("method", ["ia3", "bitfit"])
+def test_vectors_and_biases_are_learned_by_two_as_by_one(folder, alone, main, method):
+    assert main[method]["error"] is None
+    assert_alike(folder / f"two-{method}", folder / f"one-{method}")
+    these, those = (
+        load_file(folder / f"{n}-{method}" / "adapter" / "adapter_model.safetensors") for n in ("two", "one")
+    )
+    assert these.keys() == those.keys()
+    for name, expected in those.items():
+        torch.testing.assert_close(these[name], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_prefix_of_a_shared_model_is_refused(main):
+    assert "a prefix needs the whole model" in main["prefix"]["error"]
 
 
 def test_both_processes_say_the_same_of_a_run(both):

@@ -101,6 +101,18 @@ def test_seeds_are_a_number_from_the_settings_own_on_or_a_list_or_a_flag(sweep_f
     assert read_sweep(sweep_file(more="")).seeds == (42,)
 
 
+def test_seeds_may_vary_the_data_as_well_and_a_model_and_a_directory_stand_over_the_files(sweep_file, capsys):
+    path = sweep_file(more="seeds = 2\nvary_data = true\n")
+    sweep = read_sweep(path, model="other", out="elsewhere")
+    assert {(cell.config.seed, cell.config.data.seed) for cell in sweep.cells} == {(42, 42), (43, 43)}
+    assert {cell.config.model for cell in sweep.cells} == {"other"}
+    assert all(cell.config.directory() == Path("elsewhere") / cell.name for cell in sweep.cells)
+    printed = told(capsys, path, "--print", "--model", "other", "--out", "elsewhere")[0]["commands"]
+    assert all(line.endswith("--model other --out elsewhere --quiet") for line in printed)
+    with pytest.raises(ConfigError, match="vary_data: must be true or false"):
+        read_sweep(sweep_file(more='vary_data = "yes"\n'))
+
+
 def test_a_grid_over_epochs_takes_the_place_of_the_settings_steps(sweep_file):
     made = read_sweep(sweep_file(grid="[grid]\nepochs = [1, 2]\n", more=""))
     assert [(cell.config.max_steps, cell.config.epochs) for cell in made.cells] == [(None, 1.0), (None, 2.0)]

@@ -7,6 +7,7 @@ from models.labelled import HEADS
 from models.parallel import world
 from models.parallel.launch import Processes
 from models.precision import parts_in_memory, statement
+from models.whole import trained_parameters
 from train.loop import TrainResult, without_split
 from train.mmlu import remark, shown
 from train.preparation import Finetuning, prepare, way
@@ -79,6 +80,9 @@ def opening(finetuning: Finetuning, given: RunConfig) -> list[str]:
     lines += finetuning.data.warnings
     if not config.adapters:
         lines.append("every weight is trained, in float32")
+    elif config.method != "lora":
+        trained = sum(p.numel() for p in trained_parameters(finetuning.model).values())
+        lines.append(f"{config.method}: {trained:,} numbers are trained")
     if finetuning.examination is not None:
         lines += remark(finetuning.examination, config.mmlu)
     together = processes(config)
@@ -114,8 +118,8 @@ def head(finetuning: Finetuning, given: RunConfig) -> str:
     start = "a new classifier" if finetuning.model.fresh_head else "the checkpoint's classifier"
     if not finetuning.config.adapters:
         return f"{start} is trained"
-    added = finetuning.config.lora.modules_to_save != given.lora.modules_to_save
-    return f"{start} is trained whole beside the adapters" + (" (added to lora.modules_to_save)" if added else "")
+    added = f" (added to {given.method}.modules_to_save)" if finetuning.config.adapter != given.adapter else ""
+    return f"{start} is trained whole beside the adapters{added}"
 
 
 def measured(evaluation: dict[str, int | float]) -> str:

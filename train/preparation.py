@@ -22,7 +22,7 @@ from models.checkpoint import Description, describe, unprepared
 from models.device import pick_device, pick_dtype
 from models.fingerprint import fingerprint
 from models.labelled import HEADS, labelling, load_labelled
-from models.lora import prepare_lora
+from models.methods import prepare as prepare_adapters
 from models.parallel import shares, world
 from models.parallel.agreement import agreed
 from models.parallel.loading import loading
@@ -149,11 +149,11 @@ def prepare(config: RunConfig, run: Run | None = None) -> Finetuning:
     tokenizer = load_tokenizer(config.model)
     base = describe(config.model)
     planned = plan(config, base)
-    config = planned.config
+    config = with_ids(planned.config, tokenizer)
     data = load_data(config.data, tokenizer, planned.task)
     if planned.task in HEADS:
         data.manifest["labels"] = list(planned.labels)
-    check_length(data, base, config.batch_tokens)
+    check_length(data, base, config)
     config = replace(config, distributed=choose(config, data.manifest["longest"], device))  # and a resumed run keeps it
     asked = examination(config.mmlu, tokenizer, base)
     opened = run or create(config, data, tokenizer, device)
@@ -170,15 +170,26 @@ def way(config: RunConfig) -> str | None:
     return config.distributed if world.size() > 1 else None
 
 
-def check_length(data: Dataset, base: Description, batch_tokens: int | None) -> None:
+def with_ids(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """The text that a prefix starts from, in the tokenizer's ids as well."""
+    if config.method != "prefix" or not config.prefix.init_text:
+        return config
+    ids = tuple(tokenizer.encode(config.prefix.init_text))
+    return replace(config, prefix=replace(config.prefix, init_ids=ids))
+
+
+def check_length(data: Dataset, base: Description, config: RunConfig) -> None:
     """Refuse examples that the model has no positions for, or that fit into no batch."""
     longest, most = data.manifest["longest"], base.config.max_tokens
-    if most is not None and longest > most:
+    before = config.prefix.num_virtual_tokens if config.method == "prefix" else 0
+    if most is not None and before + longest > most:
+        behind = f" behind a prefix of {before}" if before else ""
         raise ConfigError(
-            f"data: the longest example has {longest} tokens, but the model knows {most} positions; set data.max_len"
+            f"data: the longest example has {longest} tokens{behind}, but the model knows {most} positions; "
+            "set data.max_len"
         )
     for part in (data.train, data.held_out):
-        Batches(part, 1, 0, batch_tokens=batch_tokens)
+        Batches(part, 1, 0, batch_tokens=config.batch_tokens)
 
 
 def create(config: RunConfig, data: Dataset, tokenizer: Tokenizer, device: torch.device) -> Run:
@@ -211,7 +222,7 @@ def prepare_training(config: RunConfig, model: Model) -> Callable[[], None]:
     """Make trainable what is to be trained; what gives it its first values comes back."""
     with impossible():
         if config.adapters:
-            start = prepare_lora(model, config.lora)
+            start = prepare_adapters(model, config.adapter)
         else:
             train_every_weight(model)
             start = unprepared(model)

@@ -5,7 +5,8 @@ from pathlib import Path
 from time import strftime
 from typing import ClassVar, Literal
 
-from models import LoraConfig
+from models import AdapterConfig, BitfitConfig, Ia3Config, LoraConfig, PrefixConfig
+from models.methods import MethodName
 from models.parallel.shard import ShardConfig
 from nf4 import QuantConfig
 from train.data import DataConfig
@@ -35,6 +36,9 @@ class RunConfig(LoopConfig):
     """Store the base's linear layers in few bits; without it this is plain LoRA."""
     adapters: bool = True
     """Train adapters on a frozen base; without it every weight is trained, which needs quantize = false."""
+    method: MethodName = "lora"
+    """What the adapters are: lora, ia3 (vectors that scale), bitfit (biases) or prefix (keys and values before the
+    text); the table of that name has its settings."""
     task: Literal["auto", "causal", "seq2seq", "classification", "regression"] = "auto"
     """What is learned; auto follows from the model and, for a RoBERTa, from the labels of the data."""
     gradient_checkpointing: bool = True
@@ -44,7 +48,13 @@ class RunConfig(LoopConfig):
     quant: QuantConfig = field(default_factory=QuantConfig)
     """How the base is stored."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapters."""
+    """The adapters, of LoRA."""
+    ia3: Ia3Config = field(default_factory=Ia3Config)
+    """The adapters, of IA3."""
+    bitfit: BitfitConfig = field(default_factory=BitfitConfig)
+    """The adapters, of BitFit."""
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    """The adapters, of prefix tuning."""
     data: DataConfig
     """What to train on."""
     samples: int = 0
@@ -87,9 +97,16 @@ class RunConfig(LoopConfig):
                 "adapters is false, so every weight would be trained, and weights in few bits cannot be; "
                 "set quantize = false as well (--no-quantize)"
             )
+        if not self.adapters and self.method != "lora":
+            raise ValueError(f"method is {self.method}, but adapters is false, so every weight would be trained")
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ValueError(f"name must be a plain name without slashes, not {self.name!r}; out takes a path")
         super().__post_init__()
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """The settings of the adapters that are trained."""
+        return getattr(self, self.method)
 
     def directory(self) -> Path:
         """Give the run's directory; with neither out nor name set it depends on the time."""

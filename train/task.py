@@ -5,8 +5,9 @@ RoBERTa gives a text a class or a number.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from models import ConfigError, DataError
+from models import ConfigError, DataError, PrefixConfig
 from models.checkpoint import Description
 from train.data.dataset import Task
 from train.data.examples import Examples, open_examples
@@ -48,16 +49,24 @@ def plan(config: RunConfig, base: Description) -> Plan:
             f"adapters is false, but {config.model} is stored in 4 bits, and those cannot be trained; "
             "give the original checkpoint, or train adapters"
         )
+    if config.method == "prefix" and base.architecture != "llama":
+        raise ConfigError(
+            f"method is prefix, but {config.model} is {NAMES[base.architecture]}, and prefixes are for a LLaMA here; "
+            "choose lora, ia3 or bitfit"
+        )
     if base.architecture != "roberta":
         return Plan(replace(config, task=able[0]), able[0])
 
     examples = open_examples(config.data.path, config.data.format)
     task = label_task(config, examples)
     data = config.data if config.data.max_len is not None else replace(config.data, max_len=base.config.max_tokens)
-    lora = config.lora
-    if config.adapters and CLASSIFIER not in lora.modules_to_save:
-        lora = replace(lora, modules_to_save=(*lora.modules_to_save, CLASSIFIER))
-    return Plan(replace(config, task=task, data=data, lora=lora), task, tuple(examples.label_names))
+    config = replace(config, task=task, data=data)
+    adapter = config.adapter
+    if config.adapters and not isinstance(adapter, PrefixConfig) and CLASSIFIER not in adapter.modules_to_save:
+        adapter = replace(adapter, modules_to_save=(*adapter.modules_to_save, CLASSIFIER))
+        chosen: dict[str, Any] = {config.method: adapter}
+        config = replace(config, **chosen)
+    return Plan(config, task, tuple(examples.label_names))
 
 
 def label_task(config: RunConfig, examples: Examples) -> Task:

@@ -107,10 +107,13 @@ def put_together_once(model: nn.Module) -> None:
 
 
 def refuse_narrow_lengths(model: Model) -> None:
-    """Steps of training are far below the last digit of a length in 16 bits: DoRA's forward would not see them."""
-    lengths = [name for name, _ in model.named_parameters() if name.endswith("lora_magnitude_vector")]
+    """Steps of training are far below the last digit of a length in 16 bits, or of a factor near 1: forward would not
+    see those of DoRA or IA3.
+    """
+    lengths = [n for n, _ in model.named_parameters() if n.endswith(("lora_magnitude_vector", "ia3_l"))]
     if lengths and model.dtype.itemsize < 4:
         raise ConfigError(
-            f"fsdp.mixed_precision would round DoRA's lengths ({lengths[0]} and {len(lengths) - 1} more) to "
-            f"{str(model.dtype).removeprefix('torch.')}, and they are learned in float32; turn one of the two off"
+            f"fsdp.mixed_precision would round DoRA's lengths or IA3's vectors ({lengths[0]} and {len(lengths) - 1} "
+            f"more) to {str(model.dtype).removeprefix('torch.')}, and they are learned in float32; "
+            "turn one of the two off"
         )

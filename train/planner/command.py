@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from models import LoraConfig
+from models import BitfitConfig, Ia3Config, LoraConfig, PrefixConfig
 from models.device import pick_device, pick_dtype
+from models.methods import MethodName
 from models.parallel.shard import ShardConfig
 from models.precision import TABLES
 from nf4 import QuantConfig
@@ -54,8 +55,16 @@ class EstimateOptions:
     """Recompute activations in the backward pass instead of keeping them."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """How the base is stored."""
+    method: MethodName = "lora"
+    """What the adapters are: lora, ia3, bitfit or prefix; the table of that name has its settings."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """The adapters."""
+    """The adapters, of LoRA."""
+    ia3: Ia3Config = field(default_factory=Ia3Config)
+    """The adapters, of IA3."""
+    bitfit: BitfitConfig = field(default_factory=BitfitConfig)
+    """The adapters, of BitFit."""
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    """The adapters, of prefix tuning."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How they are moved; here only the kind of states counts."""
     nproc: int = 1

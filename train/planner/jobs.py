@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from models import LoraConfig
+from models import LoraConfig, PrefixConfig
 from models.checkpoint import linear_weights, matched, open_checkpoint, released_config, skeleton
 from models.errors import CheckpointError
 from models.precision import stored_format
@@ -40,14 +40,14 @@ def job_of(config: Any, dtype: torch.dtype, max_len: int, target_len: int = 128,
     """
     model = described(config.model)
     quant = (model.stored or config.quant) if config.quantize else model.stored
-    adapters = getattr(config, "adapters", True)
+    adapters, method = getattr(config, "adapters", True), getattr(config, "method", "lora")
     job = Job(
         raw=model.raw,
         where=model.where,
         tensors=model.tensors,
         dtype=dtype,
         quant=quant,
-        lora=config.lora if adapters else None,
+        lora=getattr(config, method) if adapters else None,
         gradient_checkpointing=config.gradient_checkpointing,
         optimizer=config.optimizer,
         batch_size=config.batch_size,
@@ -95,7 +95,7 @@ def with_classifier(job: Job) -> Job:
     held = any(name.startswith("classifier.") for name in job.tensors)
     labels = None if held else len(job.raw.get("id2label") or ()) or 2
     lora = job.lora
-    if lora is not None and CLASSIFIER not in lora.modules_to_save:
+    if lora is not None and not isinstance(lora, PrefixConfig) and CLASSIFIER not in lora.modules_to_save:
         lora = replace(lora, modules_to_save=(*lora.modules_to_save, CLASSIFIER))
     return replace(job, head=None if held else "classification", num_labels=labels, lora=lora)
 

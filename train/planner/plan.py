@@ -17,6 +17,7 @@ import torch
 
 from kernels import dense
 from models.linear import NF4Linear
+from models.lora_config import LoraConfig
 from models.precision import ADAPTERS, Parts, part_of, parts_in_memory
 from train.optimizer import PAGED, make_optimizer
 from train.planner.gpus import Gpu
@@ -100,7 +101,8 @@ def plan(job: Job, kind: str = "cuda", extend: bool = True) -> Plan:
     """Plan a step on a kind of device, a "cpu" or "cuda"; without `extend` every block is run through."""
     counts = layers_of(job.raw)
     count = counts[0] if counts else 0
-    alike = not (job.lora and (job.lora.rank_pattern or job.lora.alpha_pattern)) and len(set(counts)) == 1
+    patterned = isinstance(job.lora, LoraConfig) and (job.lora.rank_pattern or job.lora.alpha_pattern)
+    alike = not patterned and len(set(counts)) == 1
     if not (extend and alike and count > FEW + 1):
         run = run_through(job, kind)
     else:

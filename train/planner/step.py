@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 import kernels
-from models import LoraConfig, attach_lora
+from models import AdapterConfig, LoraConfig, PrefixConfig, attach
 from models.architectures import build
 from models.checkpoint import linear_weights, place
 from models.errors import ConfigError
@@ -49,8 +49,8 @@ class Job:
     dtype: torch.dtype = torch.bfloat16
     quant: QuantConfig | None = QuantConfig()
     """How block linears are stored; None: in `dtype`."""
-    lora: LoraConfig | None = LoraConfig()
-    """The adapters; None: every weight is trained."""
+    lora: AdapterConfig | None = LoraConfig()
+    """The adapters, mostly LoRA's but of any method; None: every weight is trained."""
     gradient_checkpointing: bool = True
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch_size: int = 1
@@ -102,8 +102,8 @@ def prepared(job: Job, device: torch.device) -> Stepper:
     if job.lora is None:
         train_whole(model, dict(model.named_parameters()), torch.float32)
     else:
-        try:  # every start has the same sizes, and the default one needs no values
-            attach_lora(model, replace(job.lora, init="default"))
+        try:
+            attach(model, plainly_started(job.lora))
         except ValueError as error:
             raise ConfigError(str(error)) from error
     model.gradient_checkpointing = job.gradient_checkpointing
@@ -113,6 +113,13 @@ def prepared(job: Job, device: torch.device) -> Stepper:
         shard(model, device, job.fsdp)
     passes = passes_of(model)
     return Stepper(job, model, passes, make_optimizer(passes.moved, job.optimizer), batch)
+
+
+def plainly_started(config: AdapterConfig) -> AdapterConfig:
+    """The same adapters with a start that needs no values of the model; every start has the same sizes."""
+    if isinstance(config, LoraConfig):
+        return replace(config, init="default")
+    return replace(config, init="normal", init_text="") if isinstance(config, PrefixConfig) else config
 
 
 def steps_taken(stepper: Stepper, between: Callable[[], None] = lambda: None) -> None:

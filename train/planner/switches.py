@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from models import LoraConfig
+from models.methods import METHODS
 from nf4 import QuantConfig
 from train.planner.gpus import Gpu
 from train.planner.plan import Plan
@@ -161,7 +162,8 @@ def eight_bit_states(job: Job) -> tuple[Job, str] | None:
 def narrow_adapters(job: Job) -> tuple[Job, str] | None:
     if job.lora is None or job.lora.dtype == "bfloat16" or job.dtype != torch.bfloat16:
         return None
-    return replace(job, lora=replace(job.lora, dtype="bfloat16")), "--lora.dtype bfloat16"
+    method = METHODS[type(job.lora)].name
+    return replace(job, lora=replace(job.lora, dtype="bfloat16")), f"--{method}.dtype bfloat16"
 
 
 def adapters(job: Job) -> tuple[Job, str] | None:

@@ -36,6 +36,10 @@ class SweepOptions:
     """The grid: a TOML file with settings, a table [grid] of lists, and out."""
     seeds: int | None = None
     """Run each grid point with so many seeds; by default as the file says."""
+    model: str | None = None
+    """The checkpoint to start from, in place of the file's."""
+    out: str | None = None
+    """The sweep's directory, in place of the file's."""
     workers: int = 1
     """Processes at once; more can be started elsewhere on the same file system."""
     only: tuple[str, ...] = ()
@@ -67,7 +71,7 @@ class FailedCells(Refusal):
 
 
 def command(options: SweepOptions, console: "Console") -> dict[str, Any]:
-    sweep = read_sweep(Path(options.file), options.seeds)
+    sweep = read_sweep(Path(options.file), options.seeds, options.model, options.out)
     cells = chosen(sweep, options.only)
     if options.print:
         commands = [shell_command(options, cell) for cell in cells if state(sweep, cell) != "done"]
@@ -132,7 +136,9 @@ def check_unchanged(sweep: Sweep) -> None:
 def shell_command(options: SweepOptions, cell: Cell) -> str:
     """Give the command that runs one cell, however far it is, and never twice at once."""
     words = ["qlora", "sweep", options.file, "--only", cell.name]
-    words += ["--seeds", str(options.seeds)] if options.seeds is not None else []
+    for name in ("seeds", "model", "out"):
+        given = getattr(options, name)
+        words += [] if given is None else [f"--{name}", str(given)]
     words += ["--retry"] if options.retry else []
     return shlex.join([*words, "--quiet"] if options.quiet else words)
 
@@ -199,6 +205,6 @@ def worker(options: SweepOptions) -> None:
     from rich.console import Console
 
     os.setpgrp()
-    sweep = read_sweep(Path(options.file), options.seeds)
+    sweep = read_sweep(Path(options.file), options.seeds, options.model, options.out)
     quiet = replace(options, quiet=True)
     raise SystemExit(work(sweep, chosen(sweep, options.only), quiet, Console(stderr=True)))

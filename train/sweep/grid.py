@@ -3,6 +3,7 @@
     preset = "guanaco-7b"               # bases, as for `qlora train`; `config` names files likewise
     out = "runs/rank"                   # the sweep's directory; each run has one in it
     seeds = 3                           # each grid point with as many seeds, or a list of them
+    vary_data = true                    # with each seed another order of the data, and other examples held out
     model = "llama-7b"                  # whatever else a run's file may say, for all of them
     [data]
     path = "oasst1.jsonl"
@@ -14,7 +15,9 @@
     "optimizer.learning_rate" = 5e-5
 
 A grid point with a seed is a cell. The seeds vary the adapters' start and dropout; which examples are held out depends
-on data.seed alone, so that all cells are measured on the same ones. Everything that is wrong is listed at once.
+on data.seed alone, so that all cells are measured on the same ones. With `vary_data` each seed is data.seed as well:
+then the spread over seeds is also that over data, and what is compared is compared seed by seed. Everything that is
+wrong is listed at once.
 """
 
 import copy
@@ -65,10 +68,15 @@ class Sweep:
         return list(found.values())
 
 
-def read_sweep(path: Path, seeds: int | None = None) -> Sweep:
-    """Read a sweep file; `seeds` stands over the file's."""
+OWN = ("preset", "config", "out", "seeds", "vary_data", "grid", "cells")  # keys of a sweep file that no run has
+
+
+def read_sweep(path: Path, seeds: int | None = None, model: str | None = None, out: str | None = None) -> Sweep:
+    """Read a sweep file; `seeds`, `model` and `out` stand over the file's."""
     table = load_table(path)
-    own = {key: table.pop(key) for key in ("preset", "config", "out", "seeds", "grid", "cells") if key in table}
+    given = {"model": model, "out": out}
+    table |= {key: value for key, value in given.items() if value is not None}
+    own = {key: table.pop(key) for key in OWN if key in table}
     problems: list[str] = []
     presets, files = (names(own.get(key, []), f"{path}: {key}", problems) for key in ("preset", "config"))
     values, origins, wrong = read_sources(RunConfig, presets, files)
@@ -79,12 +87,17 @@ def read_sweep(path: Path, seeds: int | None = None) -> Sweep:
 
     points = read_points(own, path, problems)
     chosen = read_seeds(own.get("seeds", 1) if seeds is None else seeds, int(values.get("seed", 42)), path, problems)
+    if not isinstance(vary_data := own.get("vary_data", False), bool):
+        problems.append(f"{path}: vary_data: must be true or false, not {toml_or_repr(vary_data)}")
     out = own.get("out", f"runs/{path.stem}")
     if not (isinstance(out, str) and out):
         problems.append(f"{path}: out: must be a path, not {toml_or_repr(out)}")
         out = "."
     keys = tuple(dict.fromkeys(key for point in points for key in point))
-    cells = make_cells(points, chosen, Path(out), values, origins | dict.fromkeys(keys, str(path)), path, problems)
+    seeded = ("seed", "data.seed") if vary_data else ("seed",)
+    cells = make_cells(
+        points, chosen, seeded, Path(out), values, origins | dict.fromkeys(keys, str(path)), path, problems
+    )
     if problems:
         raise ConfigError(listed(list(dict.fromkeys(problems))))
     return Sweep(path, Path(out), keys, chosen, tuple(cells))
@@ -185,13 +198,14 @@ def read_seeds(given: Any, first: int, path: Path, problems: list[str]) -> tuple
 def make_cells(
     points: Sequence[Point],
     seeds: Sequence[int],
+    seeded: Sequence[str],
     out: Path,
     values: Values,
     origins: dict[str, str],
     path: Path,
     problems: list[str],
 ) -> list[Cell]:
-    """Build and name every cell; a config that refuses names the cells that it refuses."""
+    """Build and name every cell; a config that refuses names the cells that it refuses. `seeded` are a seed's keys."""
     short = short_keys(list(dict.fromkeys(key for point in points for key in point)))
     refused: dict[str, list[str]] = {}
     taken: dict[str, Point] = {}
@@ -206,7 +220,7 @@ def make_cells(
         for seed in seeds:
             name = cell_name({short[key]: value for key, value in point.items()} | {"seed": seed})
             settings = copy.deepcopy(values)
-            for key, value in {**point, "seed": seed, "out": str(out / name)}.items():
+            for key, value in {**point, **dict.fromkeys(seeded, seed), "out": str(out / name)}.items():
                 put(settings, key, value)
             supersede(RunConfig, point, settings, {})
             try:
