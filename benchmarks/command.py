@@ -211,17 +211,19 @@ BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result] | str] = {
     "memory": bench_memory,
     "planner": bench_planner,
     "scale": bench_scale,
+    "datatypes": "benchmarks.datatypes",
+    "normality": "benchmarks.normality",
 }
 OWNERS = {  # of the flags that are not for all
     "sizes": ("kernels",),
     "aot": ("kernels",),
     "tune": ("kernels",),
     "profile": ("training",),
-    "model": (),
-    "data": (),
-    "limit": (),
+    "model": ("datatypes", "normality"),
+    "data": ("datatypes",),
+    "limit": ("datatypes",),
     "seeds": (),
-    "work": (),
+    "work": ("datatypes",),
 }
 
 
