@@ -54,7 +54,7 @@ class BenchOptions:
     data: tuple[str, ...] = ()
     """Likewise: what it is measured on, as NAME=PATH."""
     limit: int | None = None
-    """Likewise: only so many windows or questions of each."""
+    """Likewise: only so many windows or questions of each, or rows of each layer."""
     seeds: int = 3
     """Of what trains: runs of each kind, over which means and 95 % intervals are taken."""
     work: str | None = None
@@ -221,7 +221,7 @@ OWNERS = {  # of the flags that are not for all
     "profile": ("training",),
     "model": ("datatypes", "normality"),
     "data": ("datatypes",),
-    "limit": ("datatypes",),
+    "limit": ("datatypes", "normality"),
     "seeds": (),
     "work": ("datatypes",),
 }
