@@ -213,17 +213,18 @@ BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result] | str] = {
     "scale": bench_scale,
     "datatypes": "benchmarks.datatypes",
     "normality": "benchmarks.normality",
+    "data-quality": "benchmarks.data_quality",
 }
 OWNERS = {  # of the flags that are not for all
     "sizes": ("kernels",),
     "aot": ("kernels",),
     "tune": ("kernels",),
     "profile": ("training",),
-    "model": ("datatypes", "normality"),
-    "data": ("datatypes",),
-    "limit": ("datatypes", "normality"),
-    "seeds": (),
-    "work": ("datatypes",),
+    "model": ("datatypes", "normality", "data-quality"),
+    "data": ("datatypes", "data-quality"),
+    "limit": ("datatypes", "normality", "data-quality"),
+    "seeds": ("data-quality",),
+    "work": ("datatypes", "data-quality"),
 }
 
 

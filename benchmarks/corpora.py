@@ -28,8 +28,8 @@ def named_files(data: tuple[str, ...]) -> dict[str, Path]:
             raise ConfigError(f"data is given as NAME=PATH, such as wikitext2=valid.txt, not {item!r}")
         if name in found:
             raise ConfigError(f"data names {name} twice; each text needs a name of its own")
-        if not Path(path).is_file():
-            raise ConfigError(f"data: {name}: {path} is not a file")
+        if not Path(path).exists():
+            raise ConfigError(f"data: {name}: {path} does not exist")
         found[name] = Path(path)
     return found
 

@@ -3,9 +3,10 @@
 The paper's Appendix F tests the weights of every output unit (a row of a weight) of LLaMA 7B with Shapiro and Wilk's
 test, and finds 7.5 % of them not normal at the 5 % level, where normal weights would give 5 %. The test finds smaller
 deviations the longer a row is, so a share is read beside the one of a control: normal weights of the same shape,
-stored the same way. A file in few bits has weights on a grid, which no test takes for normal (the demo's model is
-such a file), so for a GGUF the control goes through the file's own type. How far the weights are from normal, whatever
-the test's power, is told by their excess kurtosis: 0 for normal weights, above it for heavier tails.
+stored the same way. A file in few bits has its weights on a grid (the demo's model is such a file), so for a GGUF the
+control goes through the file's own type. How far the weights are from normal, whatever the test's power, is told by
+their excess kurtosis: 0 for normal weights, above it for heavier tails. Of a row of more than 5,000 values, for which
+the test's p-values were not made, as many are drawn.
 """
 
 import re
