@@ -19,7 +19,7 @@ from eval.superni.metrics import rouge_l
 from models import Model, Sampling, Tokenizer
 from models.files import write_whole
 
-NEW_TOKENS = 96
+NEW_TOKENS = 64
 UNTRAINED = "untrained"
 
 

@@ -45,7 +45,7 @@ SIZES = (24, 72)  # examples in a subset
 STEPS, BATCH = 12, 8  # 96 examples: the smaller subset four times over, the larger once and a third
 MAX_LEN = 256  # tokens of a question and its answer; longer ones are left out, not cut, so that all learn to stop
 HELD_OUT = 32  # examples of each set
-PROMPTS = 12  # of those, how many are answered
+PROMPTS = 8  # of those, how many are answered
 UNTRAINED = "untrained"
 
 
