@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
     from benchmarks.command import BenchOptions
 
-SIZES = (24, 72)  # examples in a subset
-STEPS, BATCH = 12, 8  # 96 examples: the smaller subset four times over, the larger once and a third
-MAX_LEN = 256  # tokens of a question and its answer; longer ones are left out, not cut, so that all learn to stop
-HELD_OUT = 32  # examples of each set
+SIZES = (16, 48)  # examples in a subset
+STEPS, BATCH = 10, 8  # 80 examples: the smaller subset five times over, the larger less than twice
+MAX_LEN = 192  # tokens of a question and its answer; longer ones are left out, not cut, so that all learn to stop
+HELD_OUT = 16  # examples of each set
 PROMPTS = 8  # of those, how many are answered
 UNTRAINED = "untrained"
 

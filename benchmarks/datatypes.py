@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 BLOCK = 64
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-SCORED_SIZES = (32, 64, 128, 256, 1024, 4096)  # for perplexities, which take their time
+SCORED_SIZES = (32, 64, 256, 4096)  # for perplexities, which take their time
 FOUR_BITS = ("int4", "fp4-e2m1", "fp4-e3m0", "fp4", "nf4")
 OTHER_BITS = ("nf2", "nf3", "int8", "nf8")
 PAPER = {"int4": 34.34, "fp4-e2m1": 31.07, "fp4-e3m0": 29.48, "nf4+DQ": 27.41}  # Table 2: Pile Common Crawl
@@ -127,7 +127,8 @@ def measure(
 ) -> dict[tuple[str, str], np.ndarray]:
     """Losses of the windows of every text under the weights as they are and under those of every type."""
     weights, losses = Weights(model), {}
-    for name, config in {DENSE: None, **configs}.items():
+    main_first = sorted(configs.items(), key=lambda item: item[1].block_size != BLOCK)
+    for name, config in [(DENSE, None), *main_first]:
         chosen = [text for i, text in enumerate(texts) if config is None or is_scored(config, i == 0)]
         keys = {text.name: f"{name} on {text.name} {hashes[text.name]}" for text in chosen}
         if config and not kept.results.keys() >= set(keys.values()):

@@ -128,7 +128,7 @@ def as_stored(rows: Float[np.ndarray, "rows inputs"], stored_as: str | None) -> 
 def summary(kind: str, found: list[Tested], control: list[Tested]) -> dict[str, Any]:
     """One line of the table: of how many rows, how many are not normal, and how heavy their tails are."""
     p, kurtosis = np.concatenate([each.p for each in found]), np.concatenate([each.kurtosis for each in found])
-    quantiles = np.concatenate([each.quantiles for each in found], axis=1)
+    quantiles = [np.median(np.concatenate([e.quantiles for e in each], axis=1), axis=1) for each in (found, control)]
     return {
         "kind": kind,
         "units": len(p),
@@ -137,7 +137,8 @@ def summary(kind: str, found: list[Tested], control: list[Tested]) -> dict[str, 
         "not_normal": share(p),
         "control_not_normal": share(np.concatenate([each.p for each in control])),
         "excess_kurtosis": [round(float(each), 3) for each in np.quantile(kurtosis, (0.05, 0.5, 0.95))],
-        "quantiles": [round(float(each), 4) for each in np.median(quantiles, axis=1)],
+        "quantiles": [round(float(each), 4) for each in quantiles[0]],
+        "control_quantiles": [round(float(each), 4) for each in quantiles[1]],
     }
 
 
@@ -181,10 +182,12 @@ def draw(rows: list[dict[str, Any]], name: str, target: Path) -> None:
     left.legend(frameon=False)
     normal = stats.norm.ppf(QUANTILES)
     for row in rows[:-1]:
-        right.plot(normal, row["quantiles"] - normal, linewidth=1, label=row["kind"])
+        right.plot(normal, np.subtract(row["quantiles"], row["control_quantiles"]), linewidth=1, label=row["kind"])
     right.axhline(0, color="0.3", linewidth=0.8, linestyle="--")
     right.set(
-        xlabel="quantile of the normal distribution", ylabel="median unit minus normal", title="standardized weights"
+        xlabel="quantile of the normal distribution",
+        ylabel="median unit, less that of normal weights",
+        title="standardized weights",
     )
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):

@@ -49,12 +49,12 @@ def layout(path: Path, max_len: int, seed: int = 0) -> DataConfig:
 def read_pool(name: str, path: Path, tokenizer: Tokenizer, max_len: int) -> Pool:
     """What of a file fits the length whole; of questions that are alike one, since the other may be held out."""
     examples = open_examples(path)
+    if examples.kind != "text":
+        raise DataError(
+            f"data: {name}: {path} ({examples.format}) has labels where questions with answers are compared"
+        )
     found: dict[str, tuple[dict[str, str], int]] = {}
     for example in examples:
-        if not example.messages:
-            raise DataError(
-                f"data: {name}: {example.where}: is no question with an answer, which {examples.format} has not"
-            )
         record = exchange_of(example)
         made = tokenize_as(
             read_pair(record),
