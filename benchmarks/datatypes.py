@@ -99,10 +99,11 @@ def texts_for(model: Model, path: str | Path, options: "BenchOptions", console: 
 
 
 def grid() -> Iterator[QuantConfig]:
-    """4-bit types in blocks of every size, the others in blocks of 64; with and without double quantization."""
+    """4-bit types in blocks of every size, the others in blocks of 64; with double quantization NF4 as the former."""
     for double_quant in (False, True):
         for size in SIZES:
-            for name in FOUR_BITS + (OTHER_BITS if size == BLOCK else ()):
+            swept = ("nf4",) if double_quant else FOUR_BITS
+            for name in FOUR_BITS + OTHER_BITS if size == BLOCK else swept:
                 yield QuantConfig(name, size, double_quant)
 
 

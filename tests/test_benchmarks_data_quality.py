@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_every_set_is_learned_and_measured_on_every_set(small, tmp_path, capsys,
 def test_intervals_are_over_seeds_and_differences_are_paired(monkeypatch):
     monkeypatch.setattr(data_quality, "SIZES", (2, 4))
     generator = np.random.default_rng(0)
-    runs = {"untrained": {"losses": {"a": 3.0, "b": 5.0}}}
+    runs: dict[str, Any] = {"untrained": {"losses": {"a": 3.0, "b": 5.0}}}
     for name in (f"{name}-{size}-{seed}" for name in "ab" for size in (2, 4) for seed in (1, 2)):
         runs[name] = {"losses": {test: float(generator.random()) for test in "ab"}, "label_tokens": 7}
     rows = data_quality.matrix(runs, ["a", "b"], (1, 2))

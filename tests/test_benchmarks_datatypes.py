@@ -15,6 +15,7 @@ from benchmarks import corpora, datatypes, quality
 from benchmarks.kept import Kept
 from models import ConfigError
 from models.checkpoint import linear_weights
+from models.llama import causal
 from tests import tiny, tiny_roberta
 
 WORDS = "the small red house of an old man is on a green hill and " * 60
@@ -57,7 +58,7 @@ def test_every_figure_is_that_of_its_definition(few, checkpoint, tmp_path, capsy
     assert found["windows"] == {"a": [2, 32], "b": [2, 32]}
 
     rows = {(row["datatype"], row.get("block_size"), row.get("double_quant")): row for row in found["rows"]}
-    assert len(rows) == len(found["rows"]) == 1 + 2 * (5 * 2 + 2)
+    assert len(rows) == len(found["rows"]) == 1 + 2 * (5 + 2) + 5 + 1  # blocks of 64, then of 32
     model = models.load(checkpoint, dtype=getattr(torch, found["dtype"]))
     layers = [layer for layer in linear_weights(model).values() if not layer.in_head]
     ids = torch.tensor(models.load_tokenizer(checkpoint).encode(WORDS)[:64]).view(2, 32)
@@ -111,7 +112,7 @@ def test_what_is_kept_is_not_measured_again_and_another_text_is_added(few, check
 
 
 def test_without_a_text_the_model_writes_its_own(checkpoint, monkeypatch):
-    model = models.load(checkpoint, dtype=torch.float32)
+    model = causal(models.load(checkpoint, dtype=torch.float32), "this test")
     once, again, other = (corpora.own_text(model, 3, 20, seed) for seed in (0, 0, 1))
     assert once.windows.shape == (3, 20)
     assert (once.windows[:, 0] == model.config.bos_token_id).all()
