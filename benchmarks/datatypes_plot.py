@@ -10,6 +10,7 @@ ERROR = "relative error of the weights"
 def draw(rows: list[dict[str, Any]], texts: list[str], target: Path) -> None:
     """Perplexity on the first text and relative error of the 4-bit types, and the relative error of all widths."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(4.4 * (3 if texts else 2), 4.4), layout="constrained")
     panels = list(figure.subplots(1, 3 if texts else 2, squeeze=False)[0])
@@ -21,6 +22,8 @@ def draw(rows: list[dict[str, Any]], texts: list[str], target: Path) -> None:
         axes.axhline(dense, color="0.5", linewidth=0.8, linestyle="--")
         axes.annotate("16 bit", (1, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="0.4")
         axes.set(ylabel=f"perplexity, {first}", yscale="log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(FuncFormatter(lambda value, place: f"{value:g}"))
     lines(panels[0], rows[1:], lambda row: row["relative_error"])
     panels[0].set(ylabel=ERROR)
     widths(panels[1], [row for row in rows[1:] if row["block_size"] == 64 and not row["double_quant"]])
@@ -47,7 +50,8 @@ def widths(axes: Any, rows: list[dict[str, Any]]) -> None:
     """The types in blocks of 64, whatever the bits of a code."""
     for row in rows:
         x, y = row["bits_per_weight"], row["relative_error"]
-        axes.plot(x, y, "o", color=COLOURS.get(row["datatype"], "0.4"))
-        axes.annotate(row["datatype"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="bits per weight (blocks of 64)", ylabel=ERROR, yscale="log")
+        axes.plot(x, y, "o", color=COLOURS.get(row["datatype"], "0.4"), markersize=5)
+        if row["datatype"] not in COLOURS:  # those lie close together, and have their colours
+            axes.annotate(row["datatype"], (x, y), xytext=(6, 3), textcoords="offset points")
+    axes.set(xlabel="bits per weight (blocks of 64)", ylabel=ERROR, yscale="log", xlim=(2, 9.5))
     axes.spines[["top", "right"]].set_visible(False)

@@ -168,7 +168,7 @@ def draw(rows: list[dict[str, Any]], name: str, target: Path) -> None:
     """The shares by kind of layer, and how far the quantiles of a unit's weights are from normal ones."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     places = range(len(rows))
     for key, colour, label in (("not_normal", "C0", "weights"), ("control_not_normal", "0.6", "normal, stored alike")):
@@ -178,7 +178,7 @@ def draw(rows: list[dict[str, Any]], name: str, target: Path) -> None:
         )
     left.axvline(LEVEL, color="0.3", linewidth=0.8, linestyle="--")
     left.set_yticks(places, [row["kind"] for row in rows])
-    left.set(xlabel=f"units not normal at the {LEVEL:.0%} level", title=name, xlim=(0, 1))
+    left.set(xlabel=f"units not normal at the {LEVEL:.0%} level", title=name)
     left.legend(frameon=False)
     normal = stats.norm.ppf(QUANTILES)
     for row in rows[:-1]:
@@ -189,7 +189,7 @@ def draw(rows: list[dict[str, Any]], name: str, target: Path) -> None:
         ylabel="median unit, less that of normal weights",
         title="standardized weights",
     )
-    right.legend(frameon=False, fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     target.parent.mkdir(parents=True, exist_ok=True)
