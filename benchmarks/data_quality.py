@@ -136,6 +136,7 @@ def recipe(model: str, device: str, out: Path, file: Path, seed: int) -> RunConf
         max_steps=STEPS,
         save_steps=0,
         dry_step=False,
+        gradient_checkpointing=False,
         optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=2),
         lora=LoraConfig(rank=16, alpha=16, dropout=0.05),
         data=subsets.layout(file, MAX_LEN, seed),
