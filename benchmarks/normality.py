@@ -179,7 +179,8 @@ def draw(rows: list[dict[str, Any]], name: str, target: Path) -> None:
     left.axvline(LEVEL, color="0.3", linewidth=0.8, linestyle="--")
     left.set_yticks(places, [row["kind"] for row in rows])
     left.set(xlabel=f"units not normal at the {LEVEL:.0%} level", title=name)
-    left.legend(frameon=False)
+    left.margins(x=0.9)  # room for the legend
+    left.legend(frameon=False, loc="lower right")
     normal = stats.norm.ppf(QUANTILES)
     for row in rows[:-1]:
         right.plot(normal, np.subtract(row["quantiles"], row["control_quantiles"]), linewidth=1, label=row["kind"])
