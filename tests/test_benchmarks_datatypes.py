@@ -147,7 +147,14 @@ def test_a_model_that_predicts_no_next_token_has_errors_only(few, tmp_path, caps
     found = bench(capsys, "--model", roberta)
     assert found["orders"] == []
     assert all("corpora" not in row for row in found["rows"])
-    assert all(row["relative_error"] > 0 for row in found["rows"][1:])
+    every = linear_weights(models.load(roberta, dtype=getattr(torch, found["dtype"]))).values()
+    blocks = [layer.weight.detach() for layer in every if not layer.in_head]
+    assert len(blocks) < len(every)  # its head has a layer that stays in 16 bits
+    config = nf4.QuantConfig("int4", 32, False)
+    lost = sum(nf4.error(weight, nf4.quantize(weight, config)).mse * weight.numel() for weight in blocks)
+    whole = sum(float(weight.double().square().sum()) for weight in blocks)
+    assert found["rows"][1]["relative_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-5)
+    assert found["rows"][1]["datatype"] == "int4"
     told = bench(capsys, "--model", roberta, "--data", *texts(tmp_path), code=2)
     assert "perplexity needs a causal language model, but this is Roberta" in told
 
