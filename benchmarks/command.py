@@ -56,11 +56,11 @@ class BenchOptions:
     data: tuple[str, ...] = ()
     """Likewise: what it is measured on, as NAME=PATH."""
     limit: int | None = None
-    """Likewise: only so many windows or questions of each."""
+    """Likewise: only so many windows or questions of each, or rows of each layer."""
     seeds: int = 3
     """Of what trains: runs of each kind, over which means and 95 % intervals are taken."""
     work: str | None = None
-    """Of what trains: where its runs are kept, so that what is done is not done again."""
+    """Of what takes long: where its results and runs are kept, so that what is done is not done again."""
     out: str | None = None
     """Write the result as JSON to this file too."""
     json: bool = False

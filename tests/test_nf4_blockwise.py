@@ -67,7 +67,7 @@ def test_quantizing_twice_changes_nothing(weight, name, block_size):
     assert torch.equal(once, twice)
 
 
-@given(weight=weights(dtypes=(torch.float32,)), config=configs(), exponent=st.integers(-20, 20))
+@given(weight=weights(dtypes=(torch.float32, torch.bfloat16)), config=configs(), exponent=st.integers(-20, 20))
 def test_a_power_of_two_scales_through_and_leaves_the_codes(weight, config, exponent):
     q, scaled = quantize(weight, config), quantize(weight * 2.0**exponent, config)
     partial = weight.numel() % config.block_size
@@ -103,9 +103,9 @@ def test_blocks_know_nothing_of_each_other(seed, name, block_size):
         assert torch.equal(dequantize(quantize(blocks[order], config)), back[order])
 
 
-@given(weight=weights(dtypes=(torch.float32,)), name=codebooks, block_size=block_sizes)
-def test_within_a_block_order_is_kept(weight, name, block_size):
-    back = dequantize(quantize(weight, plain(name, block_size)))
+@given(weight=weights(), name=codebooks, block_size=block_sizes, scale=st.sampled_from(["absmax", "search"]))
+def test_within_a_block_order_is_kept(weight, name, block_size, scale):
+    back = dequantize(quantize(weight, QuantConfig(name, block_size, False, scale=scale)))
     for before, after in zip(weight.flatten().split(block_size), back.flatten().split(block_size), strict=True):
         assert (after[before.argsort()].diff() >= 0).all()
 

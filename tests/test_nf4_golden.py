@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels import nf4_linear
+import kernels
 from nf4 import (
     QuantConfig,
     codebook,
@@ -44,6 +44,7 @@ def test_a_weight_is_stored_as_bitsandbytes_stores_it(stored, case):
     assert list(q.shape) == case["shape"]
     assert str(q.dtype) == case["dtype"]
     assert torch.equal(q.packed, golden("packed"))
+    assert torch.equal(kernels.quantize(golden("x"), config).packed, golden("packed"))
     assert torch.equal(codebook(config.codebook), golden("code"))
     if not config.double_quant:
         assert torch.equal(q.scales, golden("absmax"))
@@ -76,7 +77,7 @@ def test_a_layer_bitsandbytes_saved_is_read_and_written_back_byte_for_byte(name)
         assert (tensor.dtype, tensor.shape) == (tensors[key].dtype, tensors[key].shape), key
         assert tensor.view(torch.uint8).equal(tensors[key].view(torch.uint8)), key
 
-    torch.testing.assert_close(nf4_linear(tensors["x"], q, tensors["layer.bias"]), tensors["y"])
+    torch.testing.assert_close(kernels.nf4_linear(tensors["x"], q, tensors["layer.bias"]), tensors["y"])
     assert error(tensors["full_weight"], q).relative < 0.15
 
 
