@@ -36,7 +36,8 @@ class BenchOptions:
     """Measure this machine, against bitsandbytes where that is installed and against dense weights."""
 
     name: Positional[str]
-    """What to measure: kernels, training, memory or planner; scale: what several GPUs would take, on paper."""
+    """What to measure: kernels, training, memory or planner; scale: what several GPUs would take, on paper; parity: full
+    fine-tuning, LoRA and QLoRA side by side."""
     device: str = "auto"
     """Where to measure."""
     repeats: int = 7
@@ -57,6 +58,8 @@ class BenchOptions:
     """Likewise: only so many windows or questions of each."""
     seeds: int = 3
     """Of what trains: runs of each kind, over which means and 95 % intervals are taken."""
+    steps: int | None = None
+    """Likewise: optimizer steps of each run; by default as few as each task needs."""
     work: str | None = None
     """Of what trains: where its runs are kept, so that what is done is not done again."""
     out: str | None = None
@@ -71,7 +74,7 @@ class BenchOptions:
             raise ValueError(f"name must be one of {', '.join(BENCHMARKS)}, not {self.name!r}{hint}")
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; a median needs at least 1")
-        for flag in ("limit", "seeds"):
+        for flag in ("limit", "seeds", "steps"):
             if (value := getattr(self, flag)) is not None and value < 1:
                 raise ValueError(f"{flag} is {value}; it must be at least 1")
         for flag, owners in OWNERS.items():
@@ -211,17 +214,19 @@ BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result] | str] = {
     "memory": bench_memory,
     "planner": bench_planner,
     "scale": bench_scale,
+    "parity": "benchmarks.parity.command",
 }
 OWNERS = {  # of the flags that are not for all
     "sizes": ("kernels",),
     "aot": ("kernels",),
     "tune": ("kernels",),
     "profile": ("training",),
-    "model": (),
-    "data": (),
-    "limit": (),
-    "seeds": (),
-    "work": (),
+    "model": ("parity",),
+    "data": ("parity",),
+    "limit": ("parity",),
+    "seeds": ("parity",),
+    "steps": ("parity",),
+    "work": ("parity",),
 }
 
 
