@@ -36,8 +36,8 @@ class BenchOptions:
     """Measure this machine, against bitsandbytes where that is installed and against dense weights."""
 
     name: Positional[str]
-    """What to measure: kernels, training, memory or planner; scale: what several GPUs would take, on paper; parity: full
-    fine-tuning, LoRA and QLoRA side by side."""
+    """What to measure: kernels, training, memory or planner; scale: what several GPUs would take, on paper; parity:
+    full fine-tuning, LoRA and QLoRA side by side."""
     device: str = "auto"
     """Where to measure."""
     repeats: int = 7

@@ -22,9 +22,9 @@ from models.labelled import labelling
 from models.target import LoadOptions
 from train.data import DataConfig, load_data, padding_id
 from train.data.batches import Batches
+from train.task import TASKS
 
 BATCH = 32
-TASKS = {"llama": "causal", "t5": "seq2seq", "roberta": "classification"}
 
 
 def answers(target: Path | str, task: Task, device: str) -> list[float]:
@@ -67,11 +67,9 @@ def chosen_words(who: Examinee, task: Task) -> list[float]:
     return scores
 
 
-def batches(
-    who: Examinee, task: Task, part: str, size: int, by_length: bool = False
-) -> Iterator[dict[str, Tensor]]:
+def batches(who: Examinee, task: Task, part: str, size: int, by_length: bool = False) -> Iterator[dict[str, Tensor]]:
     """A part's examples as the model takes them, in the file's order or by length."""
     config = DataConfig(path=str(task.file(part)), eval_size=0, **task.data)
-    data = load_data(config, who.tokenizer, TASKS[who.architecture])
+    data = load_data(config, who.tokenizer, TASKS[who.architecture][0])
     made = Batches(data.train, size, padding_id(who.tokenizer), group_by_length=by_length)
     return (batch.inputs for batch in made.epoch(0))

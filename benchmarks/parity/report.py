@@ -25,9 +25,7 @@ REFERENCES = {LORA: "vs_lora", FULL: "vs_full"}
 NOT_LEARNED = "nothing learned to compare"
 
 
-def compare(
-    task: Task, scores: Mapping[str, Sequence[Sequence[float]]], before: Sequence[float]
-) -> dict[str, Any]:
+def compare(task: Task, scores: Mapping[str, Sequence[Sequence[float]]], before: Sequence[float]) -> dict[str, Any]:
     """A row for each kind: its mean over seeds with its interval, and its differences, paired by seed and question.
 
     `scores` has a list of scores of questions for every seed of a kind; `before` the scores of the model as it was.
@@ -40,7 +38,12 @@ def compare(
         {"kind": kind, **summary(each), **differences(task, found, kind, margin if learned else None)}
         for kind, each in found.items()
     ]
-    return {"before": float(np.mean(before)), "gain": numbers(gain), "margin": margin if learned else None, "rows": rows}
+    return {
+        "before": float(np.mean(before)),
+        "gain": numbers(gain),
+        "margin": margin if learned else None,
+        "rows": rows,
+    }
 
 
 def summary(scores: Float[np.ndarray, "seeds questions"]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The runs of a comparison: learning rates chosen first, then every kind with every seed, each run asked when it is done.
+"""The runs of a comparison: learning rates chosen first, then every kind with every seed, each asked once it is done.
 
 All of it is sweeps (`train/sweep`), whose files and runs are in the work directory: what is done is not done again, an
 interrupted run goes on, and several processes may work on one directory at once. Of a run that was asked its answers
@@ -144,7 +144,7 @@ def work_off(sweep: Sweep, work: Work, ending: str, ask: Callable[[Path], Any]) 
         left = [cell for cell in sweep.cells if not beside(sweep, cell, ending).exists()]
         if not left:
             return {cell.name: json.loads(beside(sweep, cell, ending).read_text("utf-8")) for cell in sweep.cells}
-        if not any([attend(sweep, cell, work, ending, ask) for cell in left]):
+        if not any(attend(sweep, cell, work, ending, ask) for cell in left):
             time.sleep(PATIENCE)
 
 
@@ -167,7 +167,9 @@ def attend(sweep: Sweep, cell: Cell, work: Work, ending: str, ask: Callable[[Pat
         if not kept.exists():
             write_whole(kept, json.dumps(ask(sweep.out / cell.name)) + "\n")
     seconds = time.perf_counter() - started
-    work.console.print(f"{sweep.path.stem}: {cell.name}: {seconds:.0f} s", markup=False, highlight=False, soft_wrap=True)
+    work.console.print(
+        f"{sweep.path.stem}: {cell.name}: {seconds:.0f} s", markup=False, highlight=False, soft_wrap=True
+    )
     return True
 
 

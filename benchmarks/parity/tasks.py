@@ -79,7 +79,7 @@ def write_parts(directory: Path, parts: Mapping[str, Iterable[Record]]) -> dict[
 
 
 def glue_task(name: str, data: Path, work: Path, model: str, limit: int | None, steps: int | None) -> Task:
-    """A task of GLUE, as prompts or for a RoBERTa as classes; `limit` takes so many questions of the dev set, from its start."""
+    """A task of GLUE, as prompts or for a RoBERTa as classes; `limit` is how many questions of the dev set it takes."""
     asked, part = PROMPTS[name], PARTS[name]
     labels = describe(model).architecture == "roberta"
 
@@ -112,7 +112,7 @@ def glue_task(name: str, data: Path, work: Path, model: str, limit: int | None, 
 
 def text_task(name: str, path: Path, work: Path, model: str, limit: int | None, steps: int | None) -> Task:
     """Conversations or pairs of texts of a file, scored by the loss on answers; `limit` is the most test examples."""
-    settings = {"template": "chat", "max_len": 160}
+    settings: dict[str, Any] = {"template": "chat", "max_len": 160}
     whole = load_data(DataConfig(path=str(path), eval_size=SHARE, seed=SPLIT_SEED, **settings), load_tokenizer(model))
     rest, test = records(whole.train), records(whole.held_out)[:limit]
     order = list(range(len(rest)))

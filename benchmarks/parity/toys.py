@@ -1,14 +1,15 @@
-"""A RoBERTa and a T5 of toy size, pretrained here, since no trained English ones are at hand: what they show is labelled so.
+"""A RoBERTa and a T5 of toy size, pretrained here: no trained English ones are at hand, and results say so.
 
-They learn a language that is made up. It has topics with words of their own and words that go with any topic, and a text
-is a few of its topic's words among others. Pretraining sees texts without labels and has to fill in what is missing,
-RoBERTa with its masks and T5 with its sentinels, so that it learns which words go together. The task to fine-tune
-for is whether a text's topic is one of the first half, from so few labelled texts that many words are in none of them:
-what is known of those comes from pretraining, and a model from random weights does worse.
+They learn a language that is made up. It has topics with words of their own and words that go with any topic, and a
+text is many of its topic's words among others. Pretraining sees texts without labels and foretells words of them,
+RoBERTa those behind its mask and T5 the second half from the first, so that it learns which words go together. The task
+to fine-tune for is whether a text's topic is one of the first half, from so few labelled texts that many words are in
+none of them: what is known of those comes from pretraining, and a model from random weights does worse.
 """
 
 import io
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -25,6 +26,7 @@ from models.roberta_config import RobertaConfig
 from models.t5 import T5
 from models.t5_config import T5Config
 from models.tokenizer import Tokenizer
+from train.sweep.cells import taken
 
 TOYS = ("toy-roberta", "toy-t5")
 ANSWERS = ("first", "second")
@@ -36,17 +38,21 @@ class Size:
     """How large a toy is, and how long it is pretrained."""
 
     width: int = 128
-    layers: int = 4
+    layers: int = 2
+    """Of RoBERTa, and of each half of T5."""
     topics: int = 8
-    topic_words: int = 60
-    common_words: int = 60
+    topic_words: int = 30
+    common_words: int = 20
     length: int = 16
-    """Words of a text."""
-    of_topic: float = 0.35
+    """Words of a text of pretraining."""
+    of_topic: float = 0.8
     """Share of them that its topic decides."""
-    pretraining: int = 600
+    labelled_length: int = 8
+    labelled_of_topic: float = 0.5
+    """Likewise of a text with a label: fewer, or there would be nothing to get wrong."""
+    pretraining: int = 500
     """Steps of 64 texts."""
-    labelled: int = 192
+    labelled: int = 48
     tune: int = 128
     test: int = 512
 
@@ -63,17 +69,17 @@ class Language:
         self.common = names[size.topics * count :][: size.common_words]
         self.words = [*(word for topic in self.topics for word in topic), *self.common]
 
-    def text(self, draw: Random) -> tuple[str, int]:
-        """A text and its topic; its other words are common, or of any topic."""
+    def text(self, draw: Random, length: int, of_topic: float) -> tuple[str, int]:
+        """A text and its topic; its other words are common, or of one other topic."""
         topic = draw.randrange(len(self.topics))
         own, others = self.topics[topic], self.common + draw.choice(self.topics)
-        pool = (own if draw.random() < self.size.of_topic else others for _ in range(self.size.length))
+        pool = (own if draw.random() < of_topic else others for _ in range(length))
         return " ".join(draw.choice(words) for words in pool), topic
 
     def labelled(self, count: int, seed: int) -> list[tuple[str, str]]:
         """Texts with which half of the topics theirs is in."""
         draw = Random(seed)
-        made = (self.text(draw) for _ in range(count))
+        made = (self.text(draw, self.size.labelled_length, self.size.labelled_of_topic) for _ in range(count))
         return [(text, ANSWERS[topic >= len(self.topics) // 2]) for text, topic in made]
 
 
@@ -93,15 +99,12 @@ def toy_task(name: str, work: Path, size: Size = Size(), limit: int | None = Non
 
     write_parts(place, {part: [record(*it) for it in each] for part, each in texts.items()})
     untrained, trained, note = place / "untrained", place / "pretrained", place / "pretraining.json"
-    if not note.exists():
-        torch.manual_seed(0)
-        (write_words if labels else write_pieces)(language, untrained)
-        tokenizer = models.load_tokenizer(untrained)
-        model = initialized((roberta if labels else t5)(size, tokenizer.vocab_size))
-        save(model, tokenizer, untrained)
-        losses = pretrain(model, tokenizer, language)
-        save(model, tokenizer, trained)
-        write_whole(note, json.dumps(losses) + "\n")
+    while not note.exists():
+        with taken(place / "pretraining.lock") as mine:
+            if mine and not note.exists():
+                make(language, labels, untrained, trained, note)
+            elif not mine:
+                time.sleep(1)
     return Task(
         name=name,
         model=str(trained),
@@ -115,6 +118,18 @@ def toy_task(name: str, work: Path, size: Size = Size(), limit: int | None = Non
         untrained=str(untrained),
         source={"toy": True, "examples": sizes, "pretraining": json.loads(note.read_text())},
     )
+
+
+def make(language: Language, labels: bool, untrained: Path, trained: Path, note: Path) -> None:
+    """Write the toy with fresh weights, pretrain it, write it again, and note how that went."""
+    torch.manual_seed(0)
+    (write_words if labels else write_pieces)(language, untrained)
+    tokenizer = models.load_tokenizer(untrained)
+    model = initialized((roberta if labels else t5)(language.size, tokenizer.vocab_size))
+    save(model, tokenizer, untrained)
+    losses = pretrain(model, tokenizer, language)
+    save(model, tokenizer, trained)
+    write_whole(note, json.dumps(losses) + "\n")
 
 
 # Models
@@ -135,15 +150,14 @@ def roberta(size: Size, vocab_size: int) -> Roberta:
 
 
 def t5(size: Size, vocab_size: int) -> T5:
-    half = max(1, size.layers // 2)
     return T5(
         T5Config(
             vocab_size=vocab_size,
             d_model=size.width,
             d_kv=32,
             d_ff=4 * size.width,
-            num_layers=half,
-            num_decoder_layers=half,
+            num_layers=size.layers,
+            num_decoder_layers=size.layers,
             num_heads=size.width // 32,
         )
     )
@@ -152,15 +166,17 @@ def t5(size: Size, vocab_size: int) -> T5:
 def initialized(model: models.Model) -> models.Model:
     """Fresh weights: norms 1, biases 0, all else normal with the deviation that keeps the size of what goes through.
 
-    A T5 has the embedding's as its own release has it, 1.
+    A T5's are those of its release: its embedding 1, and its queries smaller, since its attention does not scale them.
     """
+    keys = model.config.d_kv if isinstance(model, T5) else 1
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             nn.init.constant_(parameter, float("norm" in name.lower() and name.endswith("weight")))
         elif isinstance(model, T5) and parameter is model.shared.weight:
             nn.init.normal_(parameter)
         else:
-            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            inputs = parameter.shape[1] * (keys if name.endswith("Attention.q.weight") else 1)
+            nn.init.normal_(parameter, std=inputs**-0.5)
     return model
 
 
@@ -201,14 +217,14 @@ def write_pieces(language: Language, directory: Path) -> None:
 
 def pretrain(model: models.Model, tokenizer: Tokenizer, language: Language) -> dict[str, float]:
     """Learn to fill in what is missing; the mean losses of the first and last tenth of the steps."""
-    steps = language.size.pretraining
+    size, steps = language.size, language.size.pretraining
     draw, losses = Random(0), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps)
     model.train()
     for _ in range(steps):
-        texts = [tokenizer.encode(language.text(draw)[0]) for _ in range(64)]
-        batch = masked(texts, tokenizer, draw) if isinstance(model, Roberta) else corrupted(texts, tokenizer, draw)
+        texts = [tokenizer.encode(language.text(draw, size.length, size.of_topic)[0]) for _ in range(64)]
+        batch = masked(texts, tokenizer, draw) if isinstance(model, Roberta) else halves(texts, tokenizer)
         loss = model.loss(**batch)
         optimizer.zero_grad()
         loss.backward()
@@ -221,6 +237,7 @@ def pretrain(model: models.Model, tokenizer: Tokenizer, language: Language) -> d
     return {"steps": steps, "first_loss": sum(losses[:tenth]) / tenth, "last_loss": sum(losses[-tenth:]) / tenth}
 
 
+PEAK_RATE = 3e-3
 HIDDEN = 0.2  # share of words that are to be filled in
 
 
@@ -232,16 +249,10 @@ def masked(texts: list[list[int]], tokenizer: Tokenizer, draw: Random) -> dict[s
     return {"input_ids": ids.masked_fill(hidden, mask), "labels": ids.masked_fill(~hidden, -100)}
 
 
-def corrupted(texts: list[list[int]], tokenizer: Tokenizer, draw: Random) -> dict[str, Int[Tensor, "B T"]]:
-    """Texts with some words behind T5's sentinels; sentinels and words in turn are what is to be written."""
-    sentinels = [tokenizer.special_tokens[f"<extra_id_{number}>"] for number in range(100)]
-    inputs, targets = [], []
-    for text in texts:  # as many of each, so that nothing is padded
-        places = sorted(draw.sample(range(len(text)), max(1, round(HIDDEN * len(text)))))
-        read, written = list(text), []
-        for sentinel, place in zip(sentinels, places, strict=False):
-            written += [sentinel, text[place]]
-            read[place] = sentinel
-        inputs.append([*read, tokenizer.eos_token_id])
-        targets.append([*written, tokenizer.eos_token_id])
-    return {"input_ids": torch.tensor(inputs), "labels": torch.tensor(targets)}
+def halves(texts: list[list[int]], tokenizer: Tokenizer) -> dict[str, Int[Tensor, "B T"]]:
+    """The first half of each text to be read and the second to be written, as T5 was adapted to language modelling."""
+    half, end = len(texts[0]) // 2, tokenizer.eos_token_id
+    return {
+        "input_ids": torch.tensor([[*text[:half], end] for text in texts]),
+        "labels": torch.tensor([[*text[half:], end] for text in texts]),
+    }
