@@ -56,7 +56,7 @@ class Tuning:
     @property
     def at_edge(self) -> bool:
         """Whether the best is the least or the most that was tried, so that a better one may lie beyond."""
-        return len(self.losses) > 1 and self.best in (min(self.losses), max(self.losses))
+        return len(self.losses) > 2 and self.best in (min(self.losses), max(self.losses))
 
 
 @dataclass(frozen=True)
