@@ -75,7 +75,7 @@ def compared(task: Task) -> list[str]:
 def tune(task: Task, seed: int, work: Work) -> dict[str, Tuning]:
     """Try every learning rate of every kind that has its own, once."""
     points = {(kind, rate): point(task, kind, rate) for kind in TUNED for rate in task.rates[grid(kind)]}
-    sweep = written(task, "tune", list(points.values()), seed)
+    sweep = written(task, "tune", list(points.values()), seed, work.device)
     losses = work_off(sweep, work, ".tuned", lambda run: tuning_loss(run, task, work.device))
     names = dict(zip(points, sweep.cells, strict=True))
     return {
@@ -89,7 +89,7 @@ def run_all(task: Task, tuned: Mapping[str, Tuning], seeds: Sequence[int], work:
     found: dict[str, list[list[float]]] = {kind: [] for kind in compared(task)}
     for seed in seeds:  # one seed of all kinds before the next, so that what there is can be compared
         points = [point(task, kind, tuned[tuned_as(kind)].best) for kind in found]
-        sweep = written(task, f"seed-{seed}", points, seed)
+        sweep = written(task, f"seed-{seed}", points, seed, work.device)
 
         def ask(run: Path) -> list[float]:
             found = answers(run, task, work.device)
@@ -110,12 +110,13 @@ def point(task: Task, kind: str, rate: float) -> dict[str, Any]:
     return {**model, **settings(kind), "optimizer.learning_rate": rate}
 
 
-def written(task: Task, name: str, points: Sequence[Mapping[str, Any]], seed: int) -> Sweep:
+def written(task: Task, name: str, points: Sequence[Mapping[str, Any]], seed: int, device: str) -> Sweep:
     """The sweep of these points with one seed, through its file."""
     shared: dict[str, Any] = {
         "out": str(task.directory / "runs"),
         "seeds": [seed],
         "model": task.model,
+        "device": device,
         "max_steps": task.steps,
         "batch_size": task.batch_size,
         **SHARED,
