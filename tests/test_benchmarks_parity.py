@@ -15,11 +15,12 @@ from benchmarks.parity import kinds, runs, tasks
 from benchmarks.parity.answers import answers, tuning_loss
 from benchmarks.parity.kinds import FULL, KINDS, LORA, QLORA
 from benchmarks.parity.report import NOT_LEARNED, compare
-from benchmarks.parity.runs import Tuning, Work, run_all, tune
+from benchmarks.parity.runs import Tuning, Work, tune
 from benchmarks.parity.tasks import Task, glue_task, text_task
 from models.errors import ConfigError, DataError
 from tests import tiny, tiny_roberta
 from train.config import read_config
+from train.data import DataConfig, load_data
 from train.recipe import RunConfig
 from train.sweep.command import FailedCells
 
@@ -138,11 +139,8 @@ def test_a_loss_is_each_example_s_own(model, tmp_path):
     found = answers(model, task, "cpu")
     assert len(found) == 2
     loaded, tokenizer = models.load(model), models.load_tokenizer(model)
-    from train.data import DataConfig, load_data
-
-    for loss, part in zip(
-        found, load_data(DataConfig(path=str(task.file("test")), eval_size=0, **task.data), tokenizer).train
-    ):
+    data = load_data(DataConfig(path=str(task.file("test")), eval_size=0, **task.data), tokenizer)
+    for loss, part in zip(found, data.train, strict=True):
         ids = torch.tensor([part.input_ids])
         logs = loaded(ids).float().log_softmax(-1)[0]
         own = [-logs[i - 1, label].item() for i, label in enumerate(part.labels) if label != -100]
@@ -155,7 +153,7 @@ def test_a_loss_is_each_example_s_own(model, tmp_path):
 
 def test_everything_is_run_once_and_told(model, glue, tmp_path, capsys, monkeypatch):
     arguments = ["bench", "parity", "--model", model, "--data", f"sst2={glue}", "--work", str(tmp_path / "work")]
-    arguments += ["--seeds", "2", "--steps", "2", "--out", str(tmp_path / "parity.json"), "--json"]
+    arguments += ["--seeds", "2", "--steps", "1", "--out", str(tmp_path / "parity.json"), "--json"]
     assert qlora.main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "parity.json").read_text()) == result
@@ -189,7 +187,7 @@ def test_everything_is_run_once_and_told(model, glue, tmp_path, capsys, monkeypa
 def test_a_run_that_fails_ends_the_work_with_its_reason(model, glue, tmp_path, console):
     task = glue_task("sst2", glue, tmp_path, model, None, 1)
     task.file("train").write_text('{"prompt": "", "completion": ""}\n')
-    with pytest.raises(FailedCells, match="failed: data: .*train.jsonl"):
+    with pytest.raises(FailedCells, match=r"failed: data: .*train.jsonl"):
         tune(task, 1, Work("cpu", console))
 
 
