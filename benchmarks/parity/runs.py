@@ -67,7 +67,7 @@ class Work:
     console: "Console"
 
 
-def compared(task: Task) -> list[str]:
+def kinds_of(task: Task) -> list[str]:
     """The kinds of a task."""
     return [*KINDS, *([UNTRAINED] if task.untrained else [])]
 
@@ -86,20 +86,15 @@ def tune(task: Task, seed: int, work: Work) -> dict[str, Tuning]:
 
 def run_all(task: Task, tuned: Mapping[str, Tuning], seeds: Sequence[int], work: Work) -> dict[str, list[list[float]]]:
     """Every kind with every seed at its rate: the scores of the test's questions, by kind and seed."""
-    found: dict[str, list[list[float]]] = {kind: [] for kind in compared(task)}
+    found: dict[str, list[list[float]]] = {kind: [] for kind in kinds_of(task)}
     for seed in seeds:  # one seed of all kinds before the next, so that what there is can be compared
         points = [point(task, kind, tuned[tuned_as(kind)].best) for kind in found]
         sweep = written(task, f"seed-{seed}", points, seed, work.device)
-
-        def ask(run: Path) -> list[float]:
-            found = answers(run, task, work.device)
-            forget(run)
-            return found
-
-        scores = work_off(sweep, work, ".answers", ask)
+        scores = work_off(sweep, work, ".answers", lambda run: answers(run, task, work.device))
         for kind, cell in zip(found, sweep.cells, strict=True):
             found[kind].append(scores[cell.name])
-    for run in sorted((task.directory / "runs").iterdir()):  # the rates that were not the best
+            forget(sweep.out / cell.name)
+    for run in sorted((task.directory / "runs").iterdir()):  # those with rates that were not the best
         forget(run)
     return found
 
@@ -175,6 +170,6 @@ def attend(sweep: Sweep, cell: Cell, work: Work, ending: str, ask: Callable[[Pat
 
 
 def forget(run: Path) -> None:
-    """Remove the weights of a run; its settings, losses and times stay."""
+    """Remove the weights of a run that was asked, but for its adapter; its settings, losses and times stay."""
     for part in ("checkpoints", "model"):
         shutil.rmtree(run / part, ignore_errors=True)
