@@ -29,6 +29,13 @@ def test_where_questions_do_not_matter_it_is_student_s_interval_over_seeds():
     assert (found.low, found.high) == pytest.approx((low, high))
 
 
+def test_with_both_it_is_as_worked_out_by_hand():
+    found = crossed(np.array([[0.0, 0.0, 3.0], [1.0, 0.0, 5.0]]))
+    # mean squares: seeds 1.5 / 1, questions 19 / 2, what is left 1 / 2; 1.5 + 9.5 - 0.5 on (10.5 / 1.5)^2 degrees
+    half = stats.t.ppf(0.975, 49) * (10.5 / 6) ** 0.5
+    assert (found.low, found.high) == pytest.approx((1.5 - half, 1.5 + half))
+
+
 def test_one_seed_has_student_s_interval_over_questions():
     questions = np.random.default_rng(1).normal(size=30)
     found = crossed(questions[None])
