@@ -21,13 +21,13 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "QLoRA Int8": few_bits("int8"),
 }
 UNTRAINED = "full 16-bit, from random weights"
-TUNED = (FULL, LORA, QLORA)
-"""Those whose learning rate is chosen; every QLoRA takes that of NF4+DQ, and what begins untrained that of full."""
+TUNED = (FULL, LORA, QLORA, UNTRAINED)
+"""Those whose learning rate is chosen; every QLoRA takes that of NF4+DQ."""
 
 
 def tuned_as(kind: str) -> str:
     """The kind whose learning rate a kind takes."""
-    return FULL if kind == UNTRAINED else kind if kind in TUNED else QLORA
+    return kind if kind in TUNED else QLORA
 
 
 def settings(kind: str) -> Mapping[str, Any]:
@@ -36,4 +36,4 @@ def settings(kind: str) -> Mapping[str, Any]:
 
 def grid(kind: str) -> Literal["full", "adapters"]:
     """Which learning rates a kind tries."""
-    return "full" if kind == FULL else "adapters"
+    return "full" if kind in (FULL, UNTRAINED) else "adapters"

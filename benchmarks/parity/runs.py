@@ -74,13 +74,14 @@ def kinds_of(task: Task) -> list[str]:
 
 def tune(task: Task, seed: int, work: Work) -> dict[str, Tuning]:
     """Try every learning rate of every kind that has its own, once."""
-    points = {(kind, rate): point(task, kind, rate) for kind in TUNED for rate in task.rates[grid(kind)]}
+    tuned = [kind for kind in kinds_of(task) if kind in TUNED]
+    points = {(kind, rate): point(task, kind, rate) for kind in tuned for rate in task.rates[grid(kind)]}
     sweep = written(task, "tune", list(points.values()), seed, work.device)
     losses = work_off(sweep, work, ".tuned", lambda run: tuning_loss(run, task, work.device))
     names = dict(zip(points, sweep.cells, strict=True))
     return {
         kind: Tuning({rate: losses[cell.name] for (of, rate), cell in names.items() if of == kind}, seed)
-        for kind in TUNED
+        for kind in tuned
     }
 
 

@@ -30,7 +30,7 @@ from train.sweep.cells import taken
 
 TOYS = ("toy-roberta", "toy-t5")
 ANSWERS = ("first", "second")
-RATES: Rates = {"full": (1e-4, 3e-4, 1e-3), "adapters": (3e-4, 1e-3, 3e-3, 1e-2)}
+RATES: Rates = {"full": (1e-4, 3e-4, 1e-3, 3e-3), "adapters": (3e-4, 1e-3, 3e-3, 1e-2)}
 
 
 @dataclass(frozen=True, kw_only=True)
