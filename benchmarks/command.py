@@ -38,7 +38,8 @@ class BenchOptions:
     """Measure this machine, against bitsandbytes where that is installed and against dense weights."""
 
     name: Positional[str]
-    """What to measure: kernels, training, load, generate, memory or planner; scale: several GPUs, on paper."""
+    """What to measure. Speed and memory: kernels, training, load, generate, memory, planner, scale (several GPUs, on
+    paper). Quality: datatypes, normality, codes, parity, ablation, ablation-toy, data-quality."""
     device: str = "auto"
     """Where to measure."""
     repeats: int = 7
@@ -59,6 +60,8 @@ class BenchOptions:
     """Likewise: only so many windows or questions of each, or rows of each layer."""
     seeds: int = 3
     """Of what trains: runs of each kind, over which means and 95 % intervals are taken."""
+    steps: int | None = None
+    """Likewise: optimizer steps of each run; by default as few as each task needs."""
     work: str | None = None
     """Of what takes long: where its results and runs are kept, so that what is done is not done again."""
     out: str | None = None
@@ -73,7 +76,7 @@ class BenchOptions:
             raise ValueError(f"name must be one of {', '.join(BENCHMARKS)}, not {self.name!r}{hint}")
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; a median needs at least 1")
-        for flag in ("limit", "seeds"):
+        for flag in ("limit", "seeds", "steps"):
             if (value := getattr(self, flag)) is not None and value < 1:
                 raise ValueError(f"{flag} is {value}; it must be at least 1")
         for flag, owners in OWNERS.items():
@@ -280,18 +283,25 @@ BENCHMARKS: dict[str, Callable[[BenchOptions, "Console"], Result] | str] = {
     "memory": bench_memory,
     "planner": bench_planner,
     "scale": bench_scale,
+    "datatypes": "benchmarks.datatypes",
+    "normality": "benchmarks.normality",
     "codes": "benchmarks.codes",
+    "parity": "benchmarks.parity.command",
+    "ablation": "benchmarks.ablation",
+    "ablation-toy": "benchmarks.ablation_toy",
+    "data-quality": "benchmarks.data_quality",
 }
 OWNERS = {  # of the flags that are not for all
     "sizes": ("kernels",),
     "aot": ("kernels",),
     "tune": ("kernels",),
     "profile": ("training",),
-    "model": ("load", "generate"),
-    "data": (),
-    "limit": (),
-    "seeds": (),
-    "work": (),
+    "model": ("load", "generate", "datatypes", "normality", "codes", "parity", "ablation", "ablation-toy", "data-quality"),
+    "data": ("datatypes", "codes", "parity", "ablation", "data-quality"),
+    "limit": ("datatypes", "normality", "codes", "parity", "ablation-toy", "data-quality"),
+    "seeds": ("codes", "parity", "ablation-toy", "data-quality"),
+    "steps": ("parity",),
+    "work": ("datatypes", "codes", "parity", "ablation", "ablation-toy", "data-quality"),
 }
 
 
