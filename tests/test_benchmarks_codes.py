@@ -23,7 +23,9 @@ def test_what_was_measured_is_not_measured_again_nor_mixed_with_other_settings(t
         kept.made("broken", lambda: {"loss": 1 / 0})
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"settings.json", "row.json"}
     Kept(tmp_path / "work", {"model": "a", "limit": 3})
-    with pytest.raises(models.ConfigError, match="holds results with the limit 3, but this run's is 4; name another directory"):
+    with pytest.raises(
+        models.ConfigError, match="holds results with the limit 3, but this run's is 4; name another directory"
+    ):
         Kept(tmp_path / "work", {"model": "a", "limit": 4})
 
 
