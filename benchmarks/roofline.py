@@ -124,7 +124,7 @@ def draw(rows: Sequence[Mapping[str, Any]], limits: Limits, target: Path, dtype:
     low, high = min(intensities) / 3, max(intensities) * 3
     ridge = peak / bandwidth
     axes.plot([low, ridge, high], [low * bandwidth, peak, peak], color="0.3", linewidth=1.2)
-    axes.text(low * 1.1, low * bandwidth * 1.5, f"copy: {bandwidth / 1e9:.3g} GB/s", fontsize=8, rotation=0)
+    axes.text(low * 1.1, low * bandwidth * 3, f"copy: {bandwidth / 1e9:.3g} GB/s", fontsize=8)
     axes.text(high, peak * 1.08, f"{dtype} product: {peak / 1e12:.3g} TFLOP/s", fontsize=8, ha="right")
     seen = set()
     for name, case, place in points:

@@ -1,5 +1,7 @@
 """Places under a roof, from given numbers, and a roof that is measured."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -65,6 +67,8 @@ def test_what_a_token_reads_is_what_is_stored():
     head_and_norms = 2 * (300 * 64 + 5 * 64)
     assert dense.nbytes == 2 * dense.weights + head_and_norms
     assert 4.1 < 8 * (ours.nbytes - head_and_norms) / ours.weights < 4.5
+    apart = built(dataclasses.replace(TINY, tie_word_embeddings=False), "cpu", generation.layers()["ours"])
+    assert generation.Sizes.of(apart) == ours  # of an embedding that is not the head, a row is looked up
     one, eight = (generation.work(TINY, ours, batch, batch, 40) for batch in (1, 8))
     assert eight.operations == 8 * one.operations
     assert eight.nbytes - one.nbytes == 7 * (2 * 2 * 40 * 2 * 2 * 16)  # keys and values, 2 bytes, of both layers
