@@ -42,7 +42,7 @@ def lines(axes: Any, rows: list[dict[str, Any]], value: Any) -> None:
                 label, style = (f"{name}+DQ", "v--") if double_quant else (name, "o-")
                 places = [row["bits_per_weight"] for row in chosen]
                 axes.plot(places, [value(row) for row in chosen], style, color=colour, label=label, markersize=4)
-    axes.set(xlabel="bits per weight (blocks of 4096 to 32)")
+    axes.set(xlabel="bits per weight: more, the smaller the blocks")
     axes.spines[["top", "right"]].set_visible(False)
 
 
