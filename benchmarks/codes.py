@@ -224,7 +224,7 @@ def draw(rows: list[dict[str, Any]], texts: list[str], target: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [r for r in rows if r["name"] != DENSE][::-1]
-    figure = Figure(figsize=(4 + 3.2 * len(texts), 0.6 + 0.32 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(4 + 3.2 * len(texts), 1.2 + 0.32 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(texts), squeeze=False, sharey=True)[0]
     for axes, text in zip(panels, texts, strict=True):
         shares = [r[text]["share_added"] for r in rows]
