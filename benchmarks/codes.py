@@ -7,7 +7,6 @@ texts other than the calibration's, as the share that is left of what plain NF4 
 LoftQ's and PiSSA's do. `benchmarks/bases.py` then trains the same adapters on some of these bases.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 import models
-from benchmarks import bases
+from benchmarks import bases, corpora
 from benchmarks.kept import Kept
 from benchmarks.quality import Corpus, Estimate, added, corpus, perplexity, share_added, window_losses
 from benchmarks.tables import show
@@ -108,31 +107,26 @@ def bench(options: "BenchOptions", console: "Console") -> dict[str, Any]:
             target = Path(options.out).with_suffix(".png")
             target.parent.mkdir(parents=True, exist_ok=True)
             draw(rows, [each.name for each in setting.corpora], target)
-        return {"model": setting.model.name, "data": data, "rows": rows, **tuned}
+        return {"model": setting.model.name, **data, "rows": rows, **tuned}
 
 
-def settings(options: "BenchOptions", work: Path) -> tuple[Setting, list[dict[str, Any]]]:
+def settings(options: "BenchOptions", work: Path) -> tuple[Setting, dict[str, Any]]:
     """Read the data; what identifies it comes beside it."""
-    named = {name: path for name, _, path in (pair.partition("=") for pair in options.data)}
-    if not set(named) - {CALIBRATION} or not all(named.values()):
+    named = corpora.named_files(options.data)
+    if not named.keys() - {CALIBRATION}:
         raise ConfigError("data: name the texts that perplexity is measured on, as NAME=PATH (valid=wikitext2.txt)")
     model = Path(options.model) if options.model else demo_model()
     tokenizer = models.load_tokenizer(model)
-    corpora = [
-        corpus(name, path, tokenizer, options.limit or 64) for name, path in named.items() if name != CALIBRATION
-    ]
+    texts = [corpus(name, path, tokenizer, options.limit or 64) for name, path in named.items() if name != CALIBRATION]
     wanted = max(way.windows for way in LADDER.values())
     if CALIBRATION in named:
         text = calibration_windows(named[CALIBRATION], tokenizer, wanted, TOKENS)
     else:
         text = bases.training_text(model, wanted, TOKENS)
-    data = [
-        {"name": name, "file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-        for name, path in named.items()
-    ]
-    shape = {"windows": [len(each.windows) for each in corpora], "calibration_tokens": text.numel()}
-    kept = Kept(work, {"model": model.name, "data": data, **shape})
-    return Setting(model, str(pick_device(options.device)), corpora, text, work, kept), [*data, shape]
+    windows = {each.name: len(each.windows) for each in texts}
+    data = {"data": corpora.described(options.data), "windows": windows, "calibration_tokens": text.numel()}
+    kept = Kept(work, {"model": model.name, **data})
+    return Setting(model, str(pick_device(options.device)), texts, text, work, kept), data
 
 
 def ladder(setting: Setting, tell: Callable[[str], Any], names: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -94,7 +94,14 @@ def test_the_command_measures_a_ladder_and_bases_once(longer, tmp_path, monkeypa
     assert str(tmp_path) not in (tmp_path / "codes.json").read_text()
 
 
-def test_it_asks_for_texts(capsys):
-    for data in ([], ["--data", "calibration=x"], ["--data", "x"]):
+def test_it_asks_for_texts(tmp_path, capsys):
+    alone = tmp_path / "talk.txt"
+    alone.write_text("a small stone")
+    for data, told in (
+        ([], "name the texts that perplexity is measured on, as NAME=PATH"),
+        (["--data", f"calibration={alone}"], "name the texts that perplexity is measured on, as NAME=PATH"),
+        (["--data", "x"], "data is given as NAME=PATH"),
+        (["--data", "a=nothing.txt"], "nothing.txt does not exist"),
+    ):
         assert main(["bench", "codes", "--model", "m", *data]) == 2
-        assert "name the texts that perplexity is measured on, as NAME=PATH" in capsys.readouterr().err
+        assert told in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_what_is_kept_is_not_measured_again_and_another_text_is_added(few, check
     assert both["rows"][0]["corpora"]["a"] == first["rows"][0]["corpora"]["a"]
     monkeypatch.undo()
     told = bench(capsys, *asked[:2], "--limit", 3, *asked[4:], code=2)
-    assert "holds results with the limit 2, but this run's is 3; name another folder" in " ".join(told.split())
+    assert "holds results with the limit 2, but this run's is 3; name another directory" in " ".join(told.split())
 
 
 def test_without_a_text_the_model_writes_its_own(checkpoint, monkeypatch):
