@@ -41,8 +41,12 @@ STORIES = Path(__file__).parent.parent / "tests" / "data" / "stories260K"
 LENGTH, POOL, HELD_OUT, SWAPPED = 64, 320, 64, 12  # tokens of a story, stories of each kind, tokens that changed places
 STEPS, ROWS = 40, 8
 # The fewer numbers are trained, and the less each counts, the larger the rate that they want.
-RATES = {"lora": (3e-3, 1e-2, 3e-2), "small": (3e-3, 1e-2, 3e-2, 1e-1), "all": (1e-3, 3e-3, 1e-2)}
-RATES["few"] = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RATES: dict[str, tuple[float, ...]] = {
+    "lora": (3e-3, 1e-2, 3e-2),
+    "small": (3e-3, 1e-2, 3e-2, 1e-1),
+    "few": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    "all": (1e-3, 3e-3, 1e-2),
+}
 LORA = LoraConfig(rank=8, alpha=math.sqrt(8), rslora=True, dropout=0.0)  # the branch counts once at rank 8
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
