@@ -105,7 +105,8 @@ def draw(sweeps: dict[str, dict[str, Any]], target: Path) -> None:
 
     figure = Figure(figsize=(5.5 * len(sweeps), 5.2), layout="constrained")
     for axes, (name, found) in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps.items(), strict=True):
-        points(axes, [row for row in found["rows"] if row["over_reference"]], "over_reference")
+        rows = [row for row in found["rows"] if row["over_reference"]]
+        points(axes, rows, rows[0], "over_reference")
         axes.set(
             title=f"{name}: {found['model']}, {found['steps']} steps", ylabel="held-out loss over the first (nats)"
         )
@@ -113,10 +114,10 @@ def draw(sweeps: dict[str, dict[str, Any]], target: Path) -> None:
     figure.savefig(target, dpi=120)
 
 
-def points(axes: Any, rows: Sequence[dict[str, Any]], what: str = "loss") -> None:
-    """A point with its interval for each row, and a line through the first."""
+def points(axes: Any, rows: Sequence[dict[str, Any]], reference: dict[str, Any], what: str = "loss") -> None:
+    """A point with its interval for each row, and a line through the one that they are held against."""
     means, halves = [row[what]["mean"] for row in rows], [row[what]["half"] or 0 for row in rows]
     axes.errorbar(range(len(rows)), means, yerr=halves, fmt="o", capsize=4)
-    axes.axhline(means[0], color="0.6", linewidth=0.8, linestyle="--")
+    axes.axhline(reference[what]["mean"], color="0.6", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(rows)), [row["setting"] for row in rows], rotation=60, ha="right", fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)

@@ -40,7 +40,13 @@ if TYPE_CHECKING:
 STORIES = Path(__file__).parent.parent / "tests" / "data" / "stories260K"
 LENGTH, POOL, HELD_OUT, SWAPPED = 64, 320, 64, 12  # tokens of a story, stories of each kind, tokens that changed places
 STEPS, ROWS = 40, 8
-RATES = {"lora": (3e-3, 1e-2, 3e-2), "few": (1e-2, 3e-2, 1e-1), "all": (1e-3, 3e-3, 1e-2)}
+# The fewer numbers are trained, and the less each counts, the larger the rate that they want.
+RATES: dict[str, tuple[float, ...]] = {
+    "lora": (3e-3, 1e-2, 3e-2),
+    "small": (3e-3, 1e-2, 3e-2, 1e-1),
+    "few": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    "all": (1e-3, 3e-3, 1e-2),
+}
 LORA = LoraConfig(rank=8, alpha=math.sqrt(8), rslora=True, dropout=0.0)  # the branch counts once at rank 8
 ATTENTION, FEED_FORWARD = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
@@ -68,16 +74,17 @@ def settings() -> list[Setting]:
     }
     found = [Setting("layers", "all layers, rank 8", LORA)]
     found += [Setting("layers", n, replace(LORA, target_modules=t, rank=r)) for n, (t, r) in targets.items()]
-    found += [Setting("ranks", f"rank {r}", replace(LORA, rank=r)) for r in (1, 2, 4, 16, 32, 64)]
+    sizes = {r: RATES["small" if r < 4 else "lora"] for r in (1, 2, 4, 16, 32, 64)}
+    found += [Setting("ranks", f"rank {r}", replace(LORA, rank=r), rates) for r, rates in sizes.items()]
     found += [Setting("dropout", f"dropout {p}", replace(LORA, dropout=p)) for p in (0.05, 0.1)]
     found += [
         Setting("variants", "DoRA", replace(LORA, dora=True)),
-        Setting("variants", "LoRA+, ratio 16", LORA, (1e-3, 3e-3, 1e-2), 16.0),
+        Setting("variants", "LoRA+, ratio 16", LORA, (3e-4, 1e-3, 3e-3), 16.0),
         Setting("variants", "PiSSA", replace(LORA, init="pissa")),
         Setting("variants", "LoftQ", replace(LORA, init="loftq")),
-        Setting("variants", "rank 64, alpha / rank", replace(LORA, rank=64, rslora=False)),
+        Setting("variants", "rank 64, alpha / rank", replace(LORA, rank=64, rslora=False), RATES["small"]),
         Setting("methods", "IA3", models.Ia3Config(), RATES["few"]),
-        Setting("methods", "BitFit", models.BitfitConfig()),
+        Setting("methods", "BitFit", models.BitfitConfig(), RATES["few"]),
         Setting("methods", "prefix of 10", models.PrefixConfig(num_virtual_tokens=10), RATES["few"]),
         Setting("methods", "every weight, not quantized", None, RATES["all"]),
     ]
@@ -209,12 +216,12 @@ def draw(result: dict[str, Any], target: Path) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     layers, ranks, methods = figure.subplots(1, 3, sharey=True)
     rows, first = result["rows"], result["rows"][0]
-    points(layers, [row for row in rows if row["group"] == "layers"])
+    points(layers, [row for row in rows if row["group"] == "layers"], first)
     layers.set(title="layers, with as many numbers")
     sizes = {int(row["setting"].split()[1]): row for row in rows if row["group"] == "ranks"} | {8: first}
-    points(ranks, [sizes[rank] | {"setting": f"rank {rank}"} for rank in sorted(sizes)])
+    points(ranks, [sizes[rank] | {"setting": f"rank {rank}"} for rank in sorted(sizes)], first)
     ranks.set(title="ranks, on all layers")
-    points(methods, [first, *(row for row in rows if row["group"] in ("dropout", "variants", "methods"))])
+    points(methods, [first, *(row for row in rows if row["group"] in ("dropout", "variants", "methods"))], first)
     methods.set(title="methods")
     layers.set_ylabel("held-out loss (nats per token)")
     target.parent.mkdir(parents=True, exist_ok=True)

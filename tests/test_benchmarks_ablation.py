@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from benchmarks import ablation, ablation_toy
 from benchmarks.command import BenchOptions
-from models import ConfigError, DataError
+from models import ConfigError, DataError, LoraConfig
 from train.sweep.grid import read_sweep
 from train.sweep.report import interval
 
@@ -110,6 +110,7 @@ def test_settings_that_are_compared_by_layers_train_as_many_numbers():
     count = {"q_proj": 128, "k_proj": 96, "v_proj": 96, "o_proj": 128, **dict.fromkeys(ablation_toy.FEED_FORWARD, 236)}
     for setting in ablation_toy.settings():
         if setting.group == "layers":
+            assert isinstance(setting.adapter, LoraConfig)
             targets = setting.adapter.target_modules
             layers = count if targets == "all-linear" else targets
             assert setting.adapter.rank * sum(count[name] for name in layers) == pytest.approx(8 * 1156, rel=0.05)

@@ -389,3 +389,30 @@ def test_an_adapter_file_that_does_not_fit_is_refused_and_leaves_the_model_alone
     assert attached(model) is None
     assert torch.equal(logits(model), before)
     shutil.rmtree(tmp_path)
+
+
+def test_outputs_that_end_a_block_are_scaled_alike_where_blocks_are_computed_again():
+    found = []
+    for again in (False, True):
+        config = models.Ia3Config(target_modules=("down_proj",), feedforward_modules=())
+        model = with_adapter(LLAMA, config, NF4)
+        model.gradient_checkpointing = again
+        model.loss(input_ids=IDS, labels=IDS).backward()
+        found.append([p.grad for p in trained_parameters(model).values()])
+    assert len(found[0]) == base().config.num_hidden_layers
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [LLAMA, ROBERTA])
+def test_biases_of_a_16_bit_model_are_learned_in_float32_and_taken_off_or_rounded(name):
+    model = models.load(GOLDEN / name, NF4, dtype=torch.bfloat16)
+    before = {n: (p.shape, p.dtype) for n, p in model.named_parameters()}
+    models.attach(model, BITFIT)
+    assert {p.dtype for p in trained_parameters(model).values()} == {torch.float32}
+    models.detach(model)
+    assert {n: (p.shape, p.dtype) for n, p in model.named_parameters()} == before
+    models.attach(model, BITFIT)
+    models.merge_adapter(model)
+    biases = {n: p.dtype for n, p in model.named_parameters() if n.endswith("bias")}
+    assert set(biases.values()) == {torch.bfloat16}
