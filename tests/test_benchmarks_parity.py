@@ -98,8 +98,10 @@ def test_examples_that_open_alike_are_in_one_part(model, tmp_path):
 
 
 def test_other_examples_than_a_work_directory_has_are_refused(model, glue, tmp_path):
-    glue_task("sst2", glue, tmp_path, model, 10, None)
-    glue_task("sst2", glue, tmp_path, model, 10, None)
+    task = glue_task("sst2", glue, tmp_path, model, 10, None)
+    written = task.file("train").stat().st_mtime_ns
+    assert glue_task("sst2", glue, tmp_path, model, 10, None) == task
+    assert task.file("train").stat().st_mtime_ns == written  # another process may be reading it
     with pytest.raises(ConfigError, match=r"test.jsonl holds other examples .* another --work"):
         glue_task("sst2", glue, tmp_path, model, 11, None)
 

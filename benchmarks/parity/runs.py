@@ -39,6 +39,7 @@ SHARED: Mapping[str, Any] = {  # by all runs of all tasks
     "optimizer.schedule": "linear",
     "optimizer.warmup_ratio": 0.1,
 }
+RESULTS = ("adapter", "model")  # what a run leaves to be asked
 PATIENCE = 5.0  # seconds between looks at what other processes are doing
 
 
@@ -147,22 +148,23 @@ def work_off(sweep: Sweep, work: Work, ending: str, ask: Callable[[Path], Any]) 
 
 def attend(sweep: Sweep, cell: Cell, work: Work, ending: str, ask: Callable[[Path], Any]) -> bool:
     """Run a cell, as far as it is not done, and ask it; False where another process is at it."""
-    started = time.perf_counter()
-    outcome = run_cell(sweep, cell, quiet=True, retry=True)
-    if outcome.signal is not None:
-        raise SystemExit(128 + outcome.signal)
-    if outcome.status == "elsewhere":
-        return False
-    if state(sweep, cell) == "failed":
-        error = FailedCells(f"{sweep.path}: {cell.name} failed: {failure(sweep, cell).reason}")
-        error.exit_code = failure(sweep, cell).exit_code
-        raise error
+    started, run, kept = time.perf_counter(), sweep.out / cell.name, beside(sweep, cell, ending)
     with taken(beside(sweep, cell, ".asked")) as mine:
         if not mine:
             return False
-        kept = beside(sweep, cell, ending)
         if not kept.exists():
-            write_whole(kept, json.dumps(ask(sweep.out / cell.name)) + "\n")
+            if state(sweep, cell) == "done" and not any((run / part).exists() for part in RESULTS):
+                shutil.rmtree(run)  # its weights were removed, and now it is asked something else
+            outcome = run_cell(sweep, cell, quiet=True, retry=True)
+            if outcome.signal is not None:
+                raise SystemExit(128 + outcome.signal)
+            if outcome.status == "elsewhere":
+                return False
+            if state(sweep, cell) == "failed":
+                error = FailedCells(f"{sweep.path}: {cell.name} failed: {failure(sweep, cell).reason}")
+                error.exit_code = failure(sweep, cell).exit_code
+                raise error
+            write_whole(kept, json.dumps(ask(run)) + "\n")
     seconds = time.perf_counter() - started
     work.console.print(
         f"{sweep.path.stem}: {cell.name}: {seconds:.0f} s", markup=False, highlight=False, soft_wrap=True

@@ -70,10 +70,11 @@ def write_parts(directory: Path, parts: Mapping[str, Iterable[Record]]) -> dict[
     for name, records in parts.items():
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
         path, text = directory / "data" / f"{name}.jsonl", "".join(lines)
-        if path.exists() and path.read_text("utf-8") != text:
-            raise ConfigError(f"work: {path} holds other examples than are asked for now; give another --work")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        if not path.exists():  # runs of other processes may be reading it
+            write_whole(path, text)
+        elif path.read_text("utf-8") != text:
+            raise ConfigError(f"work: {path} holds other examples than are asked for now; give another --work")
         sizes[name] = len(lines)
     return sizes
 
