@@ -96,7 +96,7 @@ def run_all(task: Task, tuned: Mapping[str, Tuning], seeds: Sequence[int], work:
         for kind, cell in zip(found, sweep.cells, strict=True):
             found[kind].append(scores[cell.name])
             forget(sweep.out / cell.name)
-    for run in sorted((task.directory / "runs").iterdir()):  # those with rates that were not the best
+    for run in sorted((task.directory / "runs").glob(f"*,seed={seeds[0]}")):  # with rates that were not the best
         forget(run)
     return found
 
