@@ -81,7 +81,8 @@ class BenchOptions:
                 raise ValueError(f"{flag} is {value}; it must be at least 1")
         for flag, owners in OWNERS.items():
             if getattr(self, flag) != type(self).__dataclass_fields__[flag].default and self.name not in owners:
-                raise ValueError(f"{flag} belongs to the benchmark {' or '.join(owners)}, not to {self.name}")
+                whose = f"benchmark{'s' if len(owners) > 1 else ''} {', '.join(owners)}"
+                raise ValueError(f"{flag} belongs to the {whose}, not to {self.name}")
         if self.sizes is not None:
             parse_sizes(self.sizes)
 

@@ -266,7 +266,7 @@ def test_a_search_needs_a_gpu(capsys):
         (["kernels", "--repeats", "0"], "repeats is 0; a median needs at least 1"),
         (["kernels", "--sizes", "64"], "sizes are outputs x inputs such as 4096x4096,11008x4096, not '64'"),
         (["training", "--aot", "sm_80"], "aot belongs to the benchmark kernels, not to training"),
-        (["kernels", "--model", "x"], "model belongs to the benchmark load or generate, not to kernels"),
+        (["kernels", "--model", "x"], "model belongs to the benchmarks load, generate, "),
         (["load", "--model", "nowhere"], "model: nowhere: no such file or directory; give a checkpoint, or none"),
         (["generate", "--model", "t5-small"], "model: t5-small is a t5; what is measured here is a LLaMA's decoding"),
         (["kernels", "--profile"], "profile belongs to the benchmark training, not to kernels"),
