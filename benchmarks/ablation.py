@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.corpora import named_files
 from models.errors import ConfigError, DataError
 from models.readers import SafetensorsReader
 from train.sweep.cells import state
@@ -30,12 +31,9 @@ def bench(options: Any, console: "Console") -> dict[str, Any]:
     from rich.table import Table
 
     sweeps = {}
-    for given in options.data:
-        name, equals, path = given.partition("=")
-        if not equals:
-            raise ConfigError(f"data: {given!r} names no sweep; give NAME=FILE.toml")
-        out = None if options.work is None else str(Path(options.work) / Path(path).stem)
-        sweeps[name] = summary(read_sweep(Path(path), model=options.model, out=out))
+    for name, path in named_files(options.data).items():
+        out = None if options.work is None else str(Path(options.work) / path.stem)
+        sweeps[name] = summary(read_sweep(path, model=options.model, out=out))
     if not sweeps:
         raise ConfigError("data: which sweeps? Give NAME=FILE.toml, of those that `qlora sweep` has run")
     for name, found in sweeps.items():

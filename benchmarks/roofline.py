@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
 
+NEAR = 1.5  # points whose places differ by less than this factor are labelled together
 COLOURS = {"ours": "C0", "bitsandbytes": "C1", "bitsandbytes_repacked": "C3", "peer": "C1", "dense": "C2"}
 
 
@@ -126,28 +127,21 @@ def draw(rows: Sequence[Mapping[str, Any]], limits: Limits, target: Path, dtype:
     axes.plot([low, ridge, high], [low * bandwidth, peak, peak], color="0.3", linewidth=1.2)
     axes.text(low * 1.1, low * bandwidth * 3, f"copy: {bandwidth / 1e9:.3g} GB/s", fontsize=8)
     axes.text(high, peak * 1.08, f"{dtype} product: {peak / 1e12:.3g} TFLOP/s", fontsize=8, ha="right")
-    seen = set()
-    for name, case, place in points:
-        label = None if name in seen else name.replace("_", ", ")
-        seen.add(name)
+    for name in dict.fromkeys(name for name, _, _ in points):
+        places = [place for found, _, place in points if found == name]
         axes.plot(
-            place["intensity"],
-            place["flop_s"],
+            [place["intensity"] for place in places],
+            [place["flop_s"] for place in places],
             "o",
             color=COLOURS.get(name, "C4"),
             markersize=5,
-            label=label,
+            label=name.replace("_", ", "),
             alpha=0.8,
         )
-        if name == "ours":
-            axes.annotate(
-                case,
-                (place["intensity"], place["flop_s"]),
-                (5, -3),
-                textcoords="offset points",
-                fontsize=6,
-                color="0.3",
-            )
+    for text, x, y in labels([(case, place) for name, case, place in points if name == "ours"]):
+        right = x * x > low * high  # in that half of the plot there is more room on the left
+        side: dict[str, Any] = {"ha": "right", "xytext": (-6, -3)} if right else {"ha": "left", "xytext": (6, -3)}
+        axes.annotate(text, (x, y), textcoords="offset points", fontsize=6, color="0.3", va="top", **side)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(None, peak * 1.6))
     axes.set(xlabel="operations for each byte that must be moved", ylabel="operations in a second")
     axes.spines[["top", "right"]].set_visible(False)
@@ -155,3 +149,21 @@ def draw(rows: Sequence[Mapping[str, Any]], limits: Limits, target: Path, dtype:
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     return figure
+
+
+def labels(places: Sequence[tuple[str, Mapping[str, float]]]) -> list[tuple[str, float, float]]:
+    """A text for each point, with its place; points too close for two texts share one, a line each.
+
+    >>> labels([("a", {"intensity": 1.0, "flop_s": 9.0}), ("b", {"intensity": 1.1, "flop_s": 9.1})])
+    [('a\\nb', 1.0, 9.0)]
+    """
+    told: list[tuple[str, float, float]] = []
+    for case, place in places:
+        x, y = place["intensity"], place["flop_s"]
+        near = [n for n, (_, a, b) in enumerate(told) if 1 / NEAR < x / a < NEAR and 1 / NEAR < y / b < NEAR]
+        if near:
+            text, a, b = told[near[0]]
+            told[near[0]] = (f"{text}\n{case}", a, b)
+        else:
+            told.append((case, x, y))
+    return told

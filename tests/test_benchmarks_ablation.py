@@ -71,7 +71,7 @@ def test_differences_are_taken_within_a_seed(made, tmp_path):
 def test_a_sweep_of_which_nothing_is_done_or_that_is_not_named_is_refused(made, tmp_path):
     with pytest.raises(DataError, match="none of its cells is done"):
         bench(made, work=str(tmp_path / "other"))
-    with pytest.raises(ConfigError, match="names no sweep; give NAME=FILE"):
+    with pytest.raises(ConfigError, match="data is given as NAME=PATH"):
         ablation.bench(BenchOptions(name="ablation", data=(str(made),)), Console(quiet=True))
     with pytest.raises(ConfigError, match="which sweeps"):
         ablation.bench(BenchOptions(name="ablation"), Console(quiet=True))
