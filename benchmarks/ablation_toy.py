@@ -7,10 +7,9 @@ judged by. Then each is trained with several seeds, which draw the adapters' sta
 all are judged by the same held-out stories, and compared with rank 8 on every layer seed by seed.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,11 @@ from torch import Tensor
 
 import models
 from benchmarks.ablation import points, shown
+from benchmarks.kept import Kept
 from eval.scoring import token_losses
 from models import AdapterConfig, LoraConfig, Model
 from models.device import pick_device
+from models.fingerprint import fingerprint
 from models.llama import causal
 from models.whole import train_every_weight, trained_parameters
 from nf4 import QuantConfig
@@ -140,36 +141,32 @@ def loss(model: Model, rows: Int[Tensor, "stories tokens"]) -> float:
     return float(token_losses(causal(model, "ablation-toy"), rows.to(model.device)).double().mean())
 
 
-class Journal:
-    """What has been measured, a line each, so that a measurement that was stopped goes on."""
-
-    def __init__(self, work: str | None) -> None:
-        self.path = None if work is None else Path(work) / "ablation-toy.jsonl"
-        lines = self.path.read_text("utf-8").splitlines() if self.path is not None and self.path.exists() else []
-        self.known = {json.dumps(key): value for key, value in map(json.loads, lines)}
-
-    def losses(self, path: str, setting: Setting, rate: float, seed: int, device: torch.device) -> dict[str, Any]:
-        """Held-out losses of one run, measured or remembered."""
-        key = json.dumps([setting.group, setting.name, rate, seed])
-        if key not in self.known:
-            model, count = trained(path, setting, rate, seed, device)
-            rows = stories(path)
-            found = {"chosen": loss(model, rows.chosen_by), "judged": loss(model, rows.judged_by), "trained": count}
-            self.known[key] = found
-            if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([json.loads(key), found]) + "\n")
-        return self.known[key]
+def run(path: str, setting: Setting, rate: float, seed: int, device: torch.device) -> dict[str, Any]:
+    """Held-out losses of one run."""
+    model, count = trained(path, setting, rate, seed, device)
+    rows = stories(path)
+    return {"chosen": loss(model, rows.chosen_by), "judged": loss(model, rows.judged_by), "trained": count}
 
 
 def measure(path: str, seeds: int, device: torch.device, work: str | None, limit: int | None = None) -> dict[str, Any]:
     """A row for each setting (the first `limit` of them): its rate, held-out loss, and difference to the first one."""
-    journal, rows, reference = Journal(work), [], []
+    told = {
+        "model": Path(path).name,
+        "stories": {"learned": POOL, "judged_by": HELD_OUT, "tokens": LENGTH, "swapped_tokens": SWAPPED},
+        "steps": STEPS,
+        "rows_in_step": ROWS,
+    }
+    kept = Kept(Path(work) / "ablation-toy" if work else None, {**told, "model": fingerprint(path)})
+
+    def losses(setting: Setting, rate: float, seed: int) -> dict[str, Any]:
+        name = f"{setting.group}, {setting.name}, {rate:g}, seed {seed}"
+        return kept.made(name, partial(run, path, setting, rate, seed, device))
+
+    rows, reference = [], []
     for setting in settings()[:limit]:
-        tried = {rate: journal.losses(path, setting, rate, 0, device)["chosen"] for rate in setting.rates}
+        tried = {rate: losses(setting, rate, 0)["chosen"] for rate in setting.rates}
         rate = min(tried, key=lambda rate: tried[rate])
-        runs = [journal.losses(path, setting, rate, seed, device) for seed in range(1, seeds + 1)]
+        runs = [losses(setting, rate, seed) for seed in range(1, seeds + 1)]
         found = [run["judged"] for run in runs]
         reference = reference or found
         rows.append(
@@ -184,10 +181,7 @@ def measure(path: str, seeds: int, device: torch.device, work: str | None, limit
         )
     base = models.load(path, QuantConfig(), torch.float32, device)
     return {
-        "model": Path(path).name,
-        "stories": {"learned": POOL, "judged_by": HELD_OUT, "tokens": LENGTH, "swapped_tokens": SWAPPED},
-        "steps": STEPS,
-        "rows_in_step": ROWS,
+        **told,
         "seeds": list(range(1, seeds + 1)),
         "untrained_loss": loss(base, stories(path).judged_by),
         "rows": rows,

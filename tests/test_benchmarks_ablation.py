@@ -93,17 +93,16 @@ def test_a_toy_run_learns_and_is_remembered(tmp_path, monkeypatch):
     )
     ablation_toy.stories.cache_clear()
     found = ablation_toy.measure(str(ablation_toy.STORIES), 1, torch.device("cpu"), str(tmp_path))
-    ablation_toy.stories.cache_clear()
     (row,) = found["rows"]
     assert row["loss"]["mean"] < found["untrained_loss"]
     assert row["trained"] == 5 * 8 * 1156
-    monkeypatch.setattr(ablation_toy, "trained", None)
-    assert (
-        ablation_toy.Journal(str(tmp_path)).losses("", ablation_toy.settings()[0], 1e-2, 1, torch.device("cpu"))[
-            "judged"
-        ]
-        > 0
-    )
+    monkeypatch.setattr(ablation_toy, "trained", None)  # what was measured is not measured again
+    again = ablation_toy.measure(str(ablation_toy.STORIES), 1, torch.device("cpu"), str(tmp_path))
+    assert again == found
+    monkeypatch.setattr(ablation_toy, "STEPS", 3)
+    with pytest.raises(ConfigError, match="holds results with the steps 2, but this run's is 3"):
+        ablation_toy.measure(str(ablation_toy.STORIES), 1, torch.device("cpu"), str(tmp_path))
+    ablation_toy.stories.cache_clear()
 
 
 def test_settings_that_are_compared_by_layers_train_as_many_numbers():
