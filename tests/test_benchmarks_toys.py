@@ -10,7 +10,7 @@ import models
 import train.loop
 from benchmarks.parity import toys
 from benchmarks.parity.answers import answers_before
-from benchmarks.parity.kinds import FULL, TUNED, UNTRAINED
+from benchmarks.parity.kinds import FULL, UNTRAINED
 from benchmarks.parity.runs import Tuning, Work, kinds_of, run_all
 from benchmarks.parity.toys import ANSWERS, TOYS, Language, Size, halves, masked, pretrain, toy_task
 from train.config import read_config
@@ -84,7 +84,7 @@ def test_a_toy_is_fine_tuned_as_a_released_model_is(tasks, name, monkeypatch):
     monkeypatch.setattr(train.loop, "plot_runs", lambda runs, target: [])
     monkeypatch.setattr("benchmarks.parity.runs.KINDS", {FULL: {"adapters": False, "quantize": False}})
     task = tasks[name]
-    rates = {kind: Tuning({0.01: 0.0}, 1) for kind in TUNED}
+    rates = dict.fromkeys((FULL, UNTRAINED), Tuning({0.01: [0.0]}))
     scores = run_all(task, rates, (1,), Work("cpu", Console(quiet=True)))
     assert list(scores) == kinds_of(task) == [FULL, UNTRAINED]
     assert all(len(each) == 16 and set(each) <= {0.0, 1.0} for (each,) in scores.values())

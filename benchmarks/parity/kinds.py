@@ -21,13 +21,6 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "QLoRA Int8": few_bits("int8"),
 }
 UNTRAINED = "full 16-bit, from random weights"
-TUNED = (FULL, LORA, QLORA, UNTRAINED)
-"""Those whose learning rate is chosen; every QLoRA takes that of NF4+DQ."""
-
-
-def tuned_as(kind: str) -> str:
-    """The kind whose learning rate a kind takes."""
-    return kind if kind in TUNED else QLORA
 
 
 def settings(kind: str) -> Mapping[str, Any]:

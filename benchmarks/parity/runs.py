@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.parity.answers import answers, tuning_loss
-from benchmarks.parity.kinds import KINDS, TUNED, UNTRAINED, grid, settings, tuned_as
+from benchmarks.parity.kinds import KINDS, UNTRAINED, grid, settings
 from benchmarks.parity.tasks import Task
 from models.files import write_whole
 from train.sweep.cells import beside, failure, run_cell, state, taken
@@ -45,14 +46,14 @@ PATIENCE = 5.0  # seconds between looks at what other processes are doing
 
 @dataclass(frozen=True)
 class Tuning:
-    """The learning rate of a kind: what was tried, the loss that each came to, and the one with the least."""
+    """The learning rate of a kind: what was tried, the losses that each came to, and the one with the least mean."""
 
-    losses: Mapping[float, float]
-    seed: int
+    losses: Mapping[float, Sequence[float]]
+    """Of every seed that rates are tried with."""
 
     @property
     def best(self) -> float:
-        return min(self.losses, key=lambda rate: self.losses[rate])
+        return min(self.losses, key=lambda rate: fmean(self.losses[rate]))
 
     @property
     def at_edge(self) -> bool:
@@ -73,16 +74,17 @@ def kinds_of(task: Task) -> list[str]:
     return [*KINDS, *([UNTRAINED] if task.untrained else [])]
 
 
-def tune(task: Task, seed: int, work: Work) -> dict[str, Tuning]:
-    """Try every learning rate of every kind that has its own, once."""
-    tuned = [kind for kind in kinds_of(task) if kind in TUNED]
-    points = {(kind, rate): point(task, kind, rate) for kind in tuned for rate in task.rates[grid(kind)]}
-    sweep = written(task, "tune", list(points.values()), seed, work.device)
-    losses = work_off(sweep, work, ".tuned", lambda run: tuning_loss(run, task, work.device))
-    names = dict(zip(points, sweep.cells, strict=True))
+def tune(task: Task, seeds: Sequence[int], work: Work) -> dict[str, Tuning]:
+    """Try every learning rate of every kind, with each of these seeds."""
+    points = {(kind, rate): point(task, kind, rate) for kind in kinds_of(task) for rate in task.rates[grid(kind)]}
+    losses: dict[tuple[str, float], list[float]] = {each: [] for each in points}
+    for seed in seeds:
+        sweep = written(task, f"tune-{seed}", list(points.values()), seed, work.device)
+        found = work_off(sweep, work, ".tuned", lambda run: tuning_loss(run, task, work.device))
+        for each, cell in zip(points, sweep.cells, strict=True):
+            losses[each].append(found[cell.name])
     return {
-        kind: Tuning({rate: losses[cell.name] for (of, rate), cell in names.items() if of == kind}, seed)
-        for kind in tuned
+        kind: Tuning({rate: found for (of, rate), found in losses.items() if of == kind}) for kind in kinds_of(task)
     }
 
 
@@ -90,13 +92,13 @@ def run_all(task: Task, tuned: Mapping[str, Tuning], seeds: Sequence[int], work:
     """Every kind with every seed at its rate: the scores of the test's questions, by kind and seed."""
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds_of(task)}
     for seed in seeds:  # one seed of all kinds before the next, so that what there is can be compared
-        points = [point(task, kind, tuned[tuned_as(kind)].best) for kind in found]
+        points = [point(task, kind, tuned[kind].best) for kind in found]
         sweep = written(task, f"seed-{seed}", points, seed, work.device)
         scores = work_off(sweep, work, ".answers", lambda run: answers(run, task, work.device))
         for kind, cell in zip(found, sweep.cells, strict=True):
             found[kind].append(scores[cell.name])
             forget(sweep.out / cell.name)
-    for run in sorted((task.directory / "runs").glob(f"*,seed={seeds[0]}")):  # with rates that were not the best
+    for run in sorted((task.directory / "runs").glob("*,seed=*")):  # with rates that were not the best
         forget(run)
     return found
 

@@ -29,7 +29,7 @@ Rates = Mapping[Literal["full", "adapters"], tuple[float, ...]]
 SPLIT_SEED = 0
 SHARE = 0.2  # of a file without a dev set that is the test; half as much chooses the rate
 TUNE = 128  # examples of GLUE's train set, likewise
-RATES: Rates = {"full": (3e-5, 1e-4), "adapters": (3e-4, 1e-3, 3e-3)}
+RATES: Rates = {"full": (5e-5, 1e-4, 2e-4), "adapters": (5e-4, 1e-3, 2e-3)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def glue_task(name: str, data: Path, work: Path, model: str, limit: int | None, 
         directory=work / name,
         measure="accuracy",
         words=() if labels else asked.words,
-        steps=steps or 20,
+        steps=steps or 48,
         batch_size=16 if len(part.task.texts) == 1 else 8,
         data={"format": "classification" if labels else "prompt-completion", "max_len": 256},
         source={"train": train.path.name, "test": dev.path.name, "examples": sizes},
@@ -137,7 +137,7 @@ def text_task(name: str, path: Path, work: Path, model: str, limit: int | None, 
         model=model,
         directory=work / name,
         measure="loss",
-        steps=steps or 8,
+        steps=steps or 16,
         batch_size=8,
         data={"format": "chat" if "messages" in test[0] else "prompt-completion", **settings},
         source={"file": path.name, "sha256": whole.manifest["sha256"], "examples": sizes},
