@@ -11,7 +11,7 @@ import torch
 import models
 import qlora
 import train.loop
-from benchmarks.parity import kinds, runs, tasks
+from benchmarks.parity import runs, tasks
 from benchmarks.parity.answers import answers, tuning_loss
 from benchmarks.parity.kinds import FULL, KINDS, LORA, QLORA
 from benchmarks.parity.report import NOT_LEARNED, compare
