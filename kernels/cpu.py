@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Shaped, UInt8
 from torch import Tensor
 
 from kernels import reference
-from kernels.cpu_build import Codebook, Scales, library
+from kernels.cpu_build import Codebook, Scales, capabilities, library
 from kernels.planned import Unrun, stand
 from nf4 import QuantConfig, QuantizedTensor
 from nf4.blockwise import Steps, check_out, check_sizes, quantize_by
@@ -25,7 +25,9 @@ from nf4.dynamic import entry_midpoints, map_on
 from nf4.search import GRID, REFITS, candidate_table
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as common.h counts them
-FEW = 24  # tokens up to which decoding W on the way beats decoding it once
+FEW = 24  # tokens up to which decoding W for every eight of them beats decoding it to memory
+MANY = 512  # tokens up to which decoding it to panels in the cache does, where C multiplies those
+PANELS = 12  # tokens above which panels beat decoding W for every eight
 
 
 def accepts_stored(q: QuantizedTensor, dtype: torch.dtype | None = None) -> bool:
@@ -39,9 +41,24 @@ def accepts_weight(weight: Tensor, config: QuantConfig) -> bool:
 
 
 def accepts_product(x: Tensor, q: QuantizedTensor) -> bool:
-    """Few tokens, and runs of at least 32 inputs that share a scale in every row."""
-    few = x.dtype in DTYPES and 0 < x.shape[0] <= FEW
+    """Not too many tokens, and runs of at least 32 inputs that share a scale in every row."""
+    few = x.dtype in DTYPES and 0 < x.shape[0] <= (MANY if has_panels(x.dtype) else FEW)
     return few and accepts_stored(q, x.dtype) and unit(q) % 32 == 0
+
+
+def has_panels(dtype: torch.dtype) -> bool:
+    """Does C multiply panels of this type, and torch have no tiles in hardware that are faster still?"""
+    return dtype == torch.bfloat16 and multiplies_bf16() and not tiles_bf16()
+
+
+def multiplies_bf16() -> bool:
+    found = library()
+    return found is not None and bool(found.multiplies_bf16())
+
+
+@lru_cache
+def tiles_bf16() -> bool:
+    return bool(capabilities().get("amx_bf16"))
 
 
 def unit(q: QuantizedTensor) -> int:
@@ -91,20 +108,29 @@ def matmul(
 ) -> Float[Tensor, "M N"]:
     """(M, K) -> (M, N): y = x W^T + bias + scaling xa B^T, where W = dequantize(q) is (N, K)."""
     (M, K), N = x.shape, q.shape[0]
-    c = loaded()
-    narrow = x.dtype == torch.bfloat16 and c.multiplies_bf16()
-    tokens = (x if narrow else x.float()).contiguous()
     bias = None if bias is None else bias.float().contiguous()
     y = x.new_empty(M, N)
     packed, levels, scales = q.packed.contiguous(), tables(q.config.codebook).levels, StoredScales.of(q)
-    failed = c.multiply(
-        tokens.data_ptr(), packed.data_ptr(), scales.c, levels.data_ptr(), pointer(bias), y.data_ptr(),
-        M, N, K, clipped(q.config.block_size, q.numel), unit(q), DTYPES[x.dtype], threads(),
-    )  # fmt: skip
+    weight = packed.data_ptr(), scales.c, levels.data_ptr(), pointer(bias), y.data_ptr()
+    sizes = M, N, K, clipped(q.config.block_size, q.numel), unit(q)
+    if M > PANELS and has_panels(x.dtype):
+        tokens = apart(x)
+        failed = loaded().multiply_panels(tokens.data_ptr(), tokens.stride(0), *weight, *sizes, threads())
+    else:
+        tokens = (x if x.dtype == torch.bfloat16 and multiplies_bf16() else x.float()).contiguous()
+        failed = loaded().multiply(tokens.data_ptr(), *weight, *sizes, DTYPES[x.dtype], threads())
     check_memory(failed)
     if xa is not None and lora_b is not None:
         y.addmm_(xa.to(x.dtype), lora_b.to(x.dtype).T, alpha=scaling)
     return y
+
+
+def apart(x: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+    """x with rows that do not all fall on the same places of a cache, as those of 2^n bytes do."""
+    M, K = x.shape
+    if x.stride(1) == 1 and x.stride(0) % 512:
+        return x
+    return x.new_empty(M, K + 32)[:, :K].copy_(x)
 
 
 def drop(x: Float[Tensor, "..."], dropout: float, seed: int | None) -> Float[Tensor, "..."]:

@@ -149,6 +149,7 @@ SIGNATURES = {
     "search": (I, P, P, P, P, B, P, L, L, I, I, F, I, I),
     "multiply": (I, P, P, S, P, P, P, L, L, L, L, L, I, I),
     "multiplies_bf16": (I,),
+    "multiply_panels": (I, P, L, P, S, P, P, P, L, L, L, L, L, I),
     "dropout_mask": (None, P, L, L, I, I),
     "thin": (None, P, P, L, L, I, F, I, I),
     "rms_norm": (None, P, P, P, P, L, L, F, I, I),

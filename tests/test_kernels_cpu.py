@@ -169,6 +169,35 @@ def test_a_few_tokens_are_multiplied_as_well_as_torch_does(
     assert (ours.double() - exact).norm() <= 2 * (torchs.double() - exact).norm() + scale
 
 
+@settings(max_examples=60)
+@given(
+    sizes=st.tuples(
+        st.integers(cpu.PANELS + 1, cpu.MANY), st.integers(1, 70), st.sampled_from([32, 96, 512, 544, 1024, 1120])
+    ),
+    block_size=st.sampled_from([32, 64, 1024]),
+    codebook=st.sampled_from(["nf4", "fp4", "int4"]),
+    double_quant=st.booleans(),
+    bias=st.booleans(),
+    strided=st.booleans(),
+)
+def test_panels_are_multiplied_as_well_as_torch_does(
+    operators, sizes, block_size, codebook, double_quant, bias, strided
+):
+    M, N, K = sizes
+    generator = torch.Generator().manual_seed(M * N * K)
+    q = nf4.quantize(torch.randn(N, K, generator=generator), QuantConfig(codebook, block_size, double_quant))
+    x = torch.randn(M, 2 * K, generator=generator).bfloat16()
+    x = x[:, ::2] if strided else x[:, :K]
+    added = torch.randn(N, generator=generator) if bias else None
+    wanted = (M <= cpu.FEW or operators.has_panels(x.dtype)) and cpu.unit(q) % 32 == 0
+    assert operators.accepts_product(x, q) == wanted
+    if wanted:
+        exact = reference.matmul(x.double(), q, added)
+        ours, torchs = operators.matmul(x, q, added), reference.matmul(x, q, added)
+        scale = torch.finfo(x.dtype).eps * exact.norm()
+        assert (ours.double() - exact).norm() <= (torchs.double() - exact).norm() + 0.1 * scale
+
+
 @settings(max_examples=40)
 @given(
     shape=st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple),
@@ -193,6 +222,7 @@ def test_what_c_does_not_take_is_left_to_the_definition():
     assert not cpu.accepts_product(torch.randn(1, 96), q)  # blocks cross rows every 8 inputs
     assert not cpu.accepts_product(torch.randn(1, 96).double(), nf4.quantize(weight))
     assert not cpu.accepts_product(torch.randn(cpu.FEW + 1, 96), nf4.quantize(weight))
+    assert not cpu.accepts_product(torch.randn(cpu.MANY + 1, 96).bfloat16(), nf4.quantize(weight))
     assert not cpu.accepts_stored(nf4.quantize(weight, QuantConfig("int8")))
 
 

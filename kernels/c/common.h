@@ -102,6 +102,15 @@ INLINE void decode_scales(const Scales *s, int64_t first, int64_t count, float *
     }
 }
 
+/* Those of every unit of `rows` rows from `first` on: a unit is a run of inputs that shares a scale in every row. */
+INLINE void row_scales(const Scales *s, int64_t first, int64_t rows, int64_t K, int64_t unit, int64_t block_size,
+                       float *restrict out) {
+    int64_t units = K / unit;
+    if (unit == block_size) decode_scales(s, first * units, rows * units, out);
+    else /* divisions take longer than all the rest */
+        for (int64_t u = 0; u < rows * units; u++) out[u] = scale_of(s, (first * K + u * unit) / block_size);
+}
+
 /* ---- codes ---- */
 
 INLINE int code_at(const uint8_t *packed, int64_t i) { return packed[i / 2] >> (i % 2 ? 0 : 4) & 15; }

@@ -156,10 +156,7 @@ int multiply(const void *x, const uint8_t *packed, const Scales *scales, const f
         for (int64_t first = 0; first < N; first += ROWS) {
             int64_t end = MIN(first + ROWS, N);
             if (!scale) continue;
-            if (unit == block_size) decode_scales(scales, first * units, (end - first) * units, scale);
-            else /* divisions take longer than all the rest */
-                for (int64_t u = 0; u < (end - first) * units; u++)
-                    scale[u] = scale_of(scales, (first * K + u * unit) / block_size);
+            row_scales(scales, first, end - first, K, unit, block_size, scale);
             for (int64_t m = 0; m < M; m += 8) {
                 int tokens = (int)MIN(8, M - m), step = tokens <= 4 ? 4 : 3;
                 Product a = {(const char *)x + m * K * x_width, packed, levels, K, unit, dtype};
