@@ -7,9 +7,10 @@ and calibration alike, and on the first windows of the ladder's texts, which tra
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,16 +67,28 @@ def all_bases() -> dict[str, Base]:
 
 
 def training_text(model: Path, windows: int, tokens: int) -> Int[Tensor, "windows tokens"]:
-    """Windows of the conversations that are trained on, so of none that is held out, as training has them."""
-    data = load_data(TRAINING, models.load_tokenizer(model))
-    ids = torch.tensor([i for example in data.train for i in example.input_ids])
-    if len(ids) < windows * tokens:
+    """Windows of the conversations that are trained on, so of none that is held out.
+
+    They are as training has them; where that is not enough, it goes on with what training cuts off the longer ones.
+    """
+    tokenizer = models.load_tokenizer(model)
+    data = load_data(TRAINING, tokenizer)
+    held_out = {example.opening for example in data.held_out}
+    whole = load_data(replace(TRAINING, max_len=4 * TRAINING.max_len, eval_size=0), tokenizer).train
+    ends = (example.input_ids[TRAINING.max_len :] for example in whole if example.opening not in held_out)
+    text = torch.cat([shuffled(ids, tokens) for ids in ((example.input_ids for example in data.train), ends)])
+    if len(text) < windows:
         raise DataError(
-            f"codes: the demo's data has {len(ids)} tokens for this tokenizer; {windows * tokens} are needed"
+            f"codes: {windows} windows of {tokens} tokens are wanted, but the demo's data has only {len(text)}"
         )
+    return text[:windows]
+
+
+def shuffled(texts: Iterable[list[int]], tokens: int) -> Int[Tensor, "windows tokens"]:
+    """One text after the other, cut into windows, in an order drawn by chance."""
+    ids = torch.tensor(list(chain.from_iterable(texts)), dtype=torch.long)
     table = ids[: len(ids) // tokens * tokens].view(-1, tokens)
-    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))
-    return table[order[:windows]]
+    return table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
 
 
 def measure(setting: "Setting", seeds: int, tell: Callable[[str], Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 import models
 from benchmarks import bases, codes
@@ -57,8 +58,10 @@ def longer(tmp_path_factory):
 def test_conversations_that_are_held_out_are_not_calibrated_on(longer):
     source, _ = longer
     data = bases.load_data(bases.TRAINING, models.load_tokenizer(source))
-    text = bases.training_text(source, 64, 512)
-    assert text.shape == (64, 512)
+    trained = sum(len(example.input_ids) for example in data.train) // 512
+    text = bases.training_text(source, trained + 8, 512)  # more than training has: some of what it cuts off
+    assert text.shape == (trained + 8, 512)
+    assert torch.equal(text[:trained], bases.training_text(source, trained, 512))
     rows = {tuple(row[i : i + 40].tolist()) for row in text for i in range(473)}
     assert data.held_out
     for example in data.held_out:
