@@ -72,6 +72,7 @@ LADDER = {
     "NF4, block 32": Way(quant=QuantConfig(block_size=32)),
     f"{OURS}, block 32": Way(quant=QuantConfig(block_size=32, scale="search"), calibration=BEST),
     "weighted search": Way(quant=SEARCH, calibration={"method": "weighted", "asymmetric": False}),
+    "asymmetric weighted search": Way(quant=SEARCH, calibration={"method": "weighted", "asymmetric": True}),
     "feedback": Way(calibration=FEEDBACK),
     f"{OURS}, twice the text": Way(quant=SEARCH, calibration=BEST, windows=2 * WINDOWS),
     f"{OURS}, four times the text": Way(quant=SEARCH, calibration=BEST, windows=4 * WINDOWS),
