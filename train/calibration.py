@@ -29,7 +29,7 @@ TEXTS = (".txt", ".raw", ".tokens", ".md")
 def calibration_windows(
     path: str | Path,
     tokenizer: Tokenizer,
-    windows: int = 64,
+    windows: int = 128,
     tokens: int = 512,
     seed: int = 42,
     template: Literal["plain", "chat"] = "plain",

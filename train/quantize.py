@@ -43,7 +43,7 @@ class QuantizeOptions:
     counted by the mean square of its input (weighted)."""
     asymmetric: bool = True
     """With calibrate: aim at what layers compute in the 16-bit model, and not only for the inputs they get by now."""
-    windows: int = 64
+    windows: int = 128
     """With calibrate: how many windows of text are drawn from the file."""
     window: int = 512
     """With calibrate: how many tokens each has."""
