@@ -42,8 +42,8 @@ def bench(options: Any, console: "Console") -> dict[str, Any]:
             table.add_row(row["setting"], f"{row['trained']:,}", str(len(row["seeds"])), *shown(row))
         console.print(f"{name}: 95 % intervals over seeds; {found['done']} of {found['cells']} cells are done")
         console.print(table)
-    if options.out:
-        draw(sweeps, Path(options.out).with_suffix(".png"))
+    if options.plot:
+        draw(sweeps, options.plot)
     return {"sweeps": sweeps}
 
 
@@ -108,7 +108,6 @@ def draw(sweeps: dict[str, dict[str, Any]], target: Path) -> None:
         axes.set(
             title=f"{name}: {found['model']}, {found['steps']} steps", ylabel="held-out loss over the first (nats)"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
 
 

@@ -198,8 +198,8 @@ def bench(options: Any, console: "Console") -> dict[str, Any]:
         table.add_row(row["setting"], f"{row['trained']:,}", f"{row['rate']:g}", *shown(row))
     console.print(f"held-out loss before training {result['untrained_loss']:.3f}; 95 % intervals over seeds")
     console.print(table)
-    if options.out:
-        draw(result, Path(options.out).with_suffix(".png"))
+    if options.plot:
+        draw(result, options.plot)
     return result
 
 
@@ -218,5 +218,4 @@ def draw(result: dict[str, Any], target: Path) -> None:
     points(methods, [first, *(row for row in rows if row["group"] in ("dropout", "variants", "methods"))], first)
     methods.set(title="methods")
     layers.set_ylabel("held-out loss (nats per token)")
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 STEPS = 16
 WINDOWS = 8  # of each of the ladder's texts
-TRAINING = DataConfig(path=str(DATA), template="chat", max_len=256, eval_size=0.1)
+MAX_LEN = 256  # tokens of a conversation that are learned from
+TRAINING = DataConfig(path=str(DATA), template="chat", max_len=MAX_LEN, eval_size=0.1)
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def training_text(model: Path, windows: int, tokens: int) -> Int[Tensor, "window
     tokenizer = models.load_tokenizer(model)
     data = load_data(TRAINING, tokenizer)
     held_out = {example.opening for example in data.held_out}
-    whole = load_data(replace(TRAINING, max_len=4 * TRAINING.max_len, eval_size=0), tokenizer).train
-    ends = (example.input_ids[TRAINING.max_len :] for example in whole if example.opening not in held_out)
+    whole = load_data(replace(TRAINING, max_len=4 * MAX_LEN, eval_size=0), tokenizer).train
+    ends = (example.input_ids[MAX_LEN:] for example in whole if example.opening not in held_out)
     text = torch.cat([shuffled(ids, tokens) for ids in ((example.input_ids for example in data.train), ends)])
     if len(text) < windows:
         raise DataError(

@@ -105,10 +105,8 @@ def bench(options: "BenchOptions", console: "Console") -> dict[str, Any]:
         show_ladder(console, rows, [each.name for each in setting.corpora])
         tuned = bases.measure(setting, options.seeds, console.print)
         bases.show_bases(console, tuned)
-        if options.out:
-            target = Path(options.out).with_suffix(".png")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draw(rows, [each.name for each in setting.corpora], target)
+        if options.plot:
+            draw(rows, [each.name for each in setting.corpora], options.plot)
         return {"model": setting.model.name, **data, "rows": rows, **tuned}
 
 

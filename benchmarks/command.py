@@ -86,16 +86,21 @@ class BenchOptions:
         if self.sizes is not None:
             parse_sizes(self.sizes)
 
+    @property
+    def plot(self) -> Path | None:
+        """Where a picture of the result goes: beside it, if it is written to a file."""
+        return Path(self.out).with_suffix(".png") if self.out else None
+
 
 def command(options: BenchOptions, console: "Console") -> Result:
     device = str(pick_device(options.device))
     found = BENCHMARKS[options.name]
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     bench = importlib.import_module(found).bench if isinstance(found, str) else found
     result = {"benchmark": options.name, **provenance(device), **bench(options, console)}
     if options.out:
-        path = Path(options.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     failures = result.get("failures", [])
     for failure in failures:
         console.print(f"wrong: {failure}", style="red", markup=False)
@@ -128,7 +133,8 @@ def bench_kernels(options: BenchOptions, console: "Console") -> Result:
     show(console, names, rows, ["vs_bitsandbytes", "vs_bitsandbytes_repacked", "vs_dense", "bandwidth_share"])
     roofline.show_shares(console, names, rows)
     show_verdicts(console, names, rows)
-    draw_beside(options, lambda target: roofline.draw(rows, limits, target))
+    if options.plot:
+        roofline.draw(rows, limits, options.plot)
     return {
         "limits": asdict(limits),
         "rows": rows,
@@ -145,14 +151,6 @@ def measured_limits(device: str, console: "Console") -> "Limits":
     products = ", ".join(f"{name} {speed / 1e12:.3g}" for name, speed in found.peak.items())
     console.print(f"this machine now: copies {found.bandwidth / 1e9:.3g} GB/s; products, TFLOP/s: {products}")
     return found
-
-
-def draw_beside(options: BenchOptions, draw: Callable[[Path], object]) -> None:
-    """Draw into the file that stands next to the result's, if one was asked for."""
-    if options.out:
-        target = Path(options.out).with_suffix(".png")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw(target)
 
 
 def bench_training(options: BenchOptions, console: "Console") -> Result:
@@ -208,7 +206,8 @@ def bench_generate(options: BenchOptions, console: "Console") -> Result:
     show(console, names, rows, [f"{name}_tokens_s" for name in ("ours", "bitsandbytes", "dense")])
     show(console, names, rows, ["vs_bitsandbytes", "vs_dense"])
     roofline.show_shares(console, names, rows)
-    draw_beside(options, lambda target: roofline.draw(rows, limits, target))
+    if options.plot:
+        roofline.draw(rows, limits, options.plot)
     return {"limits": asdict(limits), "rows": rows, "setting": generation.described(setting)}
 
 
@@ -220,7 +219,8 @@ def bench_memory(options: BenchOptions, console: "Console") -> Result:
     setting = training.Setting(device=device)
     planned = figure6.measure(device)
     figure6.show_figure(planned, console)
-    draw_beside(options, lambda target: figure6.draw(planned["rows"], target))
+    if options.plot:
+        figure6.draw(planned["rows"], options.plot)
     rows = memory.measure(setting)
     console.print("SmolLM2-135M's sizes with LoRA of rank 16: MiB of the tensors of each part under each optimizer")
     optimizers = {row["optimizer"]: row for row in rows}
@@ -265,7 +265,8 @@ def bench_scale(options: BenchOptions, console: "Console") -> Result:
         verdict = "fits" if told["fits"] else "does not fit"
         takes = told["takes_bytes"] / 2**30
         console.print(f"llama-65b on 2 GPUs of 24 GB with {told['with']}: {takes:.1f} GiB, {verdict}", markup=False)
-    draw_beside(options, lambda target: scale.draw(rows, target))
+    if options.plot:
+        scale.draw(rows, options.plot)
     return {"device": "none: planned", "machine": None, "attained": scale.ATTAINED, "rows": rows, "two_of_24GB": small}
 
 

@@ -108,8 +108,8 @@ def compare(options: "BenchOptions", files: dict[str, Path], work: Path, console
         "answers": answering.summary(results, questions, {n: [f"{n}-{max(SIZES)}-{s}" for s in seeds] for n in names}),
     }
     show(console, found, names)
-    if options.out:
-        draw(found["matrix"], Path(options.out).with_suffix(".png"))
+    if options.plot:
+        draw(found["matrix"], options.plot)
     if options.work:
         console.print(f"the answers are in {work / 'answers'}; `qlora judge` compares them: see benchmarks/RESULTS.md")
     return {

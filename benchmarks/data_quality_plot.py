@@ -26,5 +26,4 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
     axes.set(ylabel="loss of answers, less untrained")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(sizes), frameon=False)
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)

@@ -74,8 +74,8 @@ def bench(options: "BenchOptions", console: "Console") -> dict[str, Any]:
     for each in orders:
         steps = "; ".join(told(step) for step in each["steps"])
         console.print(f"{each['text']}, blocks of {each['block_size']}: {steps}", markup=False)
-    if options.out:
-        draw(rows, [text.name for text in texts], Path(options.out).with_suffix(".png"))
+    if options.plot:
+        draw(rows, [text.name for text in texts], options.plot)
     return {
         "model": Path(path).name,
         "dtype": str(dtype).removeprefix("torch."),

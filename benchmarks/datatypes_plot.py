@@ -29,7 +29,6 @@ def draw(rows: list[dict[str, Any]], texts: list[str], target: Path) -> None:
     widths(panels[1], [row for row in rows[1:] if row["block_size"] == 64 and not row["double_quant"]])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
 
 

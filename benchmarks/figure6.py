@@ -225,6 +225,5 @@ def draw(rows: list[dict[str, Any]], target: Path) -> "Figure":
     axes.set(ylabel="GiB of tensors, 1 x 512 tokens", ylim=(0, max(bottom) * 1.18))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False, fontsize=8)
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     return figure

@@ -53,8 +53,8 @@ def bench(options: "BenchOptions", console: "Console") -> dict[str, Any]:
     every = [each for kind in found for each in found[kind]], [each for kind in found for each in controls[kind]]
     result.append(summary("all", *every))
     show(console, result, stored_as)
-    if options.out:
-        draw(result, path.name, Path(options.out).with_suffix(".png"))
+    if options.plot:
+        draw(result, path.name, options.plot)
     return {
         "model": path.name,
         "stored_as": stored_as,
@@ -193,5 +193,4 @@ def draw(rows: list[dict[str, Any]], name: str, target: Path) -> None:
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)

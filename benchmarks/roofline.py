@@ -146,7 +146,6 @@ def draw(rows: Sequence[Mapping[str, Any]], limits: Limits, target: Path, dtype:
     axes.set(xlabel="operations for each byte that must be moved", ylabel="operations in a second")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
     return figure
 

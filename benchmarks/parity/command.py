@@ -44,8 +44,8 @@ def bench(options: "BenchOptions", console: "Console") -> dict[str, Any]:
     for name, path in asked_for(options.data or SHIPPED).items():
         results[name] = compared(made(name, path, place, options), options.seeds, work)
     show(console, results)
-    if options.out:
-        draw(results, Path(options.out).with_suffix(".png"))
+    if options.plot:
+        draw(results, options.plot)
     return {"seeds": list(range(1, options.seeds + 1)), "setting": SHARED, "tasks": results}
 
 

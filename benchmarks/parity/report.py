@@ -146,5 +146,4 @@ def draw(results: Mapping[str, Mapping[str, Any]], target: Path) -> None:
     figure.suptitle("Difference from 16-bit LoRA, 95 % intervals over seeds and questions")
     if handles:
         figure.legend(handles, labels, loc="outside lower center", frameon=False)
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
