@@ -51,8 +51,8 @@ def test_a_plot_has_a_point_for_each_contestant_that_multiplies(tmp_path):
         {"case": "search", "roofline": all_placed({"ours": Work(0, 4)}, {"ours": 1.0}, ROOF)},
         {"case": "broken"},
     ]
-    axes = roofline.draw(rows, ROOF, tmp_path / "new" / "roof.png").axes[0]
-    assert (tmp_path / "new" / "roof.png").stat().st_size > 1000
+    axes = roofline.draw(rows, ROOF, tmp_path / "roof.png").axes[0]
+    assert (tmp_path / "roof.png").stat().st_size > 1000
     roof, *points = (torch.as_tensor(line.get_xydata()) for line in axes.lines)
     assert [point[0].tolist() for point in points] == [[2.0, 8.0], [1.0, 4.0]]
     assert roof[1].tolist() == [10.0, 100.0]  # the ridge
