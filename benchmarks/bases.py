@@ -53,7 +53,7 @@ class Base:
 
 def all_bases() -> dict[str, Base]:
     """The bases by name; the one that others are compared with is the second."""
-    from benchmarks.codes import LADDER, OURS, RANK, SEARCH
+    from benchmarks.codes import LADDER, OURS, RANK
 
     lora = LoraConfig(rank=RANK, alpha=RANK, dropout=0.05)
     assert LADDER[OURS].calibration is not None
@@ -61,7 +61,6 @@ def all_bases() -> dict[str, Base]:
         "16 bit": Base(None, {"quantize": False, "lora": lora}),
         "NF4": Base(None, {"lora": lora}),
         OURS: Base(OURS, {"lora": lora}),
-        "signed search": Base(None, {"quant": SEARCH, "lora": lora}),
         "PiSSA": Base(None, {"lora": replace(lora, init="pissa")}),
         "LoftQ": Base(None, {"lora": replace(lora, init="loftq")}),
     }
