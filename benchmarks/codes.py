@@ -77,7 +77,6 @@ LADDER = {
     f"{OURS}, twice the text": Way(quant=SEARCH, calibration=BEST, windows=2 * WINDOWS),
     f"{OURS}, four times the text": Way(quant=SEARCH, calibration=BEST, windows=4 * WINDOWS),
     "NF4, scales in 32 bits": Way(quant=QuantConfig(double_quant=False)),
-    f"{OURS}, scales in 32 bits": Way(quant=QuantConfig(double_quant=False, scale="search"), calibration=BEST),
     "NF4, block 8": Way(quant=QuantConfig(block_size=8)),
     "PiSSA, rank 16": Way(init="pissa"),
     "LoftQ, rank 16": Way(init="loftq"),
