@@ -62,24 +62,25 @@ class Way:
 
 FEEDBACK: dict[str, Any] = {"method": "feedback", "asymmetric": False}
 BEST: dict[str, Any] = {"method": "feedback", "asymmetric": True}
-DENSE, REFERENCE, OURS = "16 bit", "NF4", "asymmetric feedback"
-LADDER = {
+DENSE, REFERENCE = "16 bit", "NF4"
+OURS = "asymmetric feedback"  # over scales from the weighted search
+LADDER = {  # each step alone, then together, then with more text, then with more bits
     DENSE: Way(quant=None),
     REFERENCE: Way(),
-    OURS: Way(quant=SEARCH, calibration=BEST),
     "signed search": Way(quant=SEARCH),
-    "feedback and search": Way(quant=SEARCH, calibration=FEEDBACK),
-    "NF4, block 32": Way(quant=QuantConfig(block_size=32)),
-    f"{OURS}, block 32": Way(quant=QuantConfig(block_size=32, scale="search"), calibration=BEST),
     "weighted search": Way(quant=SEARCH, calibration={"method": "weighted", "asymmetric": False}),
-    "asymmetric weighted search": Way(quant=SEARCH, calibration={"method": "weighted", "asymmetric": True}),
     "feedback": Way(calibration=FEEDBACK),
+    "feedback and search": Way(quant=SEARCH, calibration=FEEDBACK),
+    "asymmetric weighted search": Way(quant=SEARCH, calibration={"method": "weighted", "asymmetric": True}),
+    OURS: Way(quant=SEARCH, calibration=BEST),
     f"{OURS}, twice the text": Way(quant=SEARCH, calibration=BEST, windows=2 * WINDOWS),
     f"{OURS}, four times the text": Way(quant=SEARCH, calibration=BEST, windows=4 * WINDOWS),
+    "NF4, block 32": Way(quant=QuantConfig(block_size=32)),
+    f"{OURS}, block 32": Way(quant=QuantConfig(block_size=32, scale="search"), calibration=BEST),
     "NF4, scales in 32 bits": Way(quant=QuantConfig(double_quant=False)),
-    "NF4, block 8": Way(quant=QuantConfig(block_size=8)),
     "PiSSA, rank 16": Way(init="pissa"),
     "LoftQ, rank 16": Way(init="loftq"),
+    "NF4, block 8": Way(quant=QuantConfig(block_size=8)),
 }
 
 
