@@ -9,6 +9,7 @@ import torch
 import models
 from benchmarks import bases, codes
 from benchmarks.kept import Kept
+from models.errors import DataError
 from qlora import main
 from tests import tiny
 
@@ -57,16 +58,24 @@ def longer(tmp_path_factory):
 
 def test_conversations_that_are_held_out_are_not_calibrated_on(longer):
     source, _ = longer
-    data = bases.load_data(bases.TRAINING, models.load_tokenizer(source))
+    tokenizer = models.load_tokenizer(source)
+    data = bases.load_data(bases.TRAINING, tokenizer)
+    whole = bases.load_data(replace(bases.TRAINING, max_len=4 * bases.MAX_LEN, eval_size=0), tokenizer).train
+    held_out = {example.opening for example in data.held_out}
+    ends = [(example.opening in held_out, example.input_ids[bases.MAX_LEN :]) for example in whole]
     trained = sum(len(example.input_ids) for example in data.train) // 512
-    text = bases.training_text(source, trained + 8, 512)  # more than training has: some of what it cuts off
-    assert text.shape == (trained + 8, 512)
+    most = trained + sum(len(end) for held, end in ends if not held) // 512  # all that training cuts off as well
+    text = bases.training_text(source, most, 512)
+    assert text.shape == (most, 512)
+    assert most > trained + 8
     assert torch.equal(text[:trained], bases.training_text(source, trained, 512))
-    rows = {tuple(row[i : i + 40].tolist()) for row in text for i in range(473)}
-    assert data.held_out
-    for example in data.held_out:
-        middle = example.input_ids[len(example.input_ids) // 2 :][:40]
-        assert len(middle) < 40 or tuple(middle) not in rows
+    rows = {tuple(row[i : i + 40]) for row in text.tolist() for i in range(473)}
+    hidden = [example.input_ids for example in data.held_out] + [end for held, end in ends if held]
+    middles = [tuple(ids[len(ids) // 2 :][:40]) for ids in hidden if len(ids) >= 80]
+    assert len(middles) > len(data.held_out)
+    assert not rows & set(middles)
+    with pytest.raises(DataError, match=f"{most + 1} windows of 512 tokens are wanted"):
+        bases.training_text(source, most + 1, 512)
 
 
 def test_the_command_measures_a_ladder_and_bases_once(longer, tmp_path, monkeypatch, capsys):

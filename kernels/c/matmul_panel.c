@@ -7,7 +7,7 @@
 #include "common.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-enum { MULTIPLIES_PANELS = 1, ROWS = 32, HALF = 16, TOKENS = 12, INPUTS = 512 };
+enum { ROWS = 32, HALF = 16, TOKENS = 12, INPUTS = 512 };
 #define UNROLL_16 _Pragma("GCC unroll 16")
 
 /* Sixteen rows of sixteen 32-bit lanes become sixteen columns. */
@@ -120,8 +120,7 @@ int multiply_panels(const uint16_t *x, int64_t stride, const uint8_t *packed, co
     }
     return failed;
 }
-#else
-enum { MULTIPLIES_PANELS = 0 };
+#else /* nothing that a caller who asks `multiplies_bf16` first would reach */
 int multiply_panels(const uint16_t *x, int64_t stride, const uint8_t *packed, const Scales *scales, const float *levels,
                     const float *bias, uint16_t *y, int64_t M, int64_t N, int64_t K, int64_t block_size, int64_t unit,
                     int threads) {
